@@ -1,0 +1,295 @@
+"""What can happen, as typed frozen facts.
+
+Every event carries when, whose (:class:`~vallum.core.scope.Scope`) and how that is known
+(:class:`~vallum.core.scope.Attribution`). ``kind`` is the tag. An event's id is its number in the
+run's ledger, given when it is appended; ``evidence`` fields name those numbers.
+
+Sensors state facts, rules give verdicts, detectors give findings; all of them are events.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from vallum.core.scope import Attribution, Scope
+from vallum.core.verdict import Severity, Verdict
+
+SCHEMA_VERSION = 1
+
+Protocol = Literal["http", "tls", "ssh", "stratum", "dns", "socks", "unknown"]
+"""What the first bytes of a flow are, whatever its port says. ``unknown`` also stands for no bytes yet."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
+    """Fields of every event."""
+
+    t_ns: int
+    """Wall clock, nanoseconds since the epoch."""
+    mono_ns: int
+    """Monotonic clock, nanoseconds: order and latency within one boot."""
+    scope: Scope
+    attribution: Attribution
+
+
+class Process(msgspec.Struct, frozen=True, kw_only=True):
+    """Which process did something, as the host's kernel sees it."""
+
+    pid: int
+    """Process id on the host."""
+    exe: str
+    """Path of the executable as seen in the guest; empty when the process was gone before it could be read."""
+    argv: list[str]
+    uid: int | None = None
+    """User id inside the cell."""
+
+
+class RunStarted(Event, frozen=True, tag="run.started"):
+    command: list[str]
+    """What was asked for; empty for an SDK run."""
+    containment: str
+    version: str
+    """Version of vallum."""
+    host: str
+    kernel: str
+    tiers: dict[str, str]
+    """Control -> ``enforced``, ``degraded: why`` or ``missing: why``, as attempted at node start."""
+
+
+class RunEnded(Event, frozen=True, tag="run.ended"):
+    outcome: str
+    """``finished``, ``client_gone``, ``contained`` or ``node_stopped``."""
+    exit_code: int | None = None
+
+
+class EpisodeStarted(Event, frozen=True, tag="episode.started"):
+    sandbox: str
+    """Id of the cell."""
+    image: str
+    image_digest: str
+    level: str
+    """``ns``, ``gvisor``..."""
+    containment: str
+    rules: list[str]
+    """Every rule of the episode, one readable line each."""
+    limits: dict[str, float | int | None]
+    parent: str | None = None
+    """Snapshot that the cell was forked from."""
+
+
+class EpisodeEnded(Event, frozen=True, tag="episode.ended"):
+    reason: str
+    """``closed``, ``client_gone``, ``contained``, ``cell_died`` or ``node_stopped``."""
+    survivors: int
+    """Guest processes that were still alive and were killed."""
+
+
+class StepOpened(Event, frozen=True, tag="step.opened"):
+    cause: str
+    """``exec``, ``session``, ``block`` (several commands in one step), ``file`` or ``tool_call``."""
+    cgroup_id: int | None
+    """Inode of the step's cgroup v2 directory; None where lineage replaces it."""
+
+
+class StepClosed(Event, frozen=True, tag="step.closed"):
+    duration_ns: int
+    exit_code: int | None
+    """Of its last command; None when it has none."""
+    cpu_ns: int | None
+    """CPU time of the step so far (what it left running goes on being charged to it)."""
+    memory_peak_bytes: int | None
+    processes: int | None
+    """Processes started in the step, where a sensor counted them."""
+    left_running: int | None
+    """Processes of the step that were alive when it closed."""
+
+
+class ToolCall(Event, frozen=True, tag="tool.call"):
+    """A command given to the cell, or a call the model gateway saw."""
+
+    name: str
+    arguments: str
+    """JSON."""
+    exit_code: int | None = None
+    output_bytes: int = 0
+    output_sha256: str = ""
+    timed_out: bool = False
+
+
+class ProcessStarted(Event, frozen=True, tag="process.started"):
+    process: Process
+    ppid: int
+    sensor: str
+    """Which sensor saw it, e.g. ``proc_connector``, ``cell_init``, ``proc_poll``."""
+
+
+class ProcessExited(Event, frozen=True, tag="process.exited"):
+    pid: int
+    exit_code: int | None
+    signal: int | None
+    sensor: str
+
+
+class Flow(Event, frozen=True, tag="net.flow"):
+    """A TCP connection that the guest asked for: once when decided, and once more when an allowed one closes."""
+
+    state: Literal["opened", "closed", "denied"]
+    flow: str
+    """Id that the opened and closed events of one flow share."""
+    verdict: Verdict
+    rule: str
+    reason: str
+    dst_ip: str
+    dst_port: int
+    dst_host: str | None
+    """Name that the guest asked for (pinned DNS answer, SNI or Host), None when it dialled an address."""
+    protocol: Protocol
+    bytes_out: int
+    """Payload bytes guest -> outside that really left."""
+    bytes_in: int
+    process: Process | None
+    decision_ns: int
+    """From the gateway's accept to the verdict."""
+    first_bytes: str = ""
+    """Up to 128 first bytes of the guest, escaped, of a denied flow: evidence."""
+    socket_step: int | None = None
+    """Step whose cgroup is on the socket, where it is not the step charged."""
+
+
+class DnsQuery(Event, frozen=True, tag="dns.query"):
+    qname: str
+    qtype: str
+    verdict: Verdict
+    rule: str
+    reason: str
+    answers: list[str]
+    transport: Literal["udp", "tcp"]
+    process: Process | None
+    decision_ns: int
+
+
+class PacketDropped(Event, frozen=True, tag="net.packet"):
+    """A packet that is neither TCP nor DNS and died inside the cell."""
+
+    protocol: str
+    """``udp``, ``icmp``, ``icmpv6``, ``sctp`` or ``ip-N``."""
+    dst_ip: str
+    dst_port: int | None
+    bytes: int
+    uid: int | None
+    verdict: Verdict = "deny"
+    rule: str = "no-udp-or-raw"
+
+
+class FileWrite(Event, frozen=True, tag="file.write"):
+    path: str
+    bytes: int
+    sha256: str
+    source: str
+    """``sdk`` for write_file; a sensor's name otherwise."""
+
+
+class ResourceSample(Event, frozen=True, tag="resource.sample"):
+    """Of the step when the scope has one, of the whole cell otherwise. None where the kernel does not tell."""
+
+    cpu_ns: int | None
+    memory_bytes: int | None
+    memory_peak_bytes: int | None
+    pids: int | None
+    oom_kills: int | None = None
+
+
+class VerdictGiven(Event, frozen=True, tag="verdict"):
+    """A decision on something other than a flow or a query."""
+
+    subject: str
+    verdict: Verdict
+    rule: str
+    reason: str
+
+
+class Finding(Event, frozen=True, tag="finding"):
+    """A detector's claim, with the events that support it."""
+
+    detector: str
+    title: str
+    severity: Severity
+    attack: list[str]
+    """MITRE ATT&CK technique ids."""
+    summary: str
+    evidence: list[int]
+    """Ids of events of the same run."""
+
+
+class ContainmentAction(Event, frozen=True, tag="containment.action"):
+    action: Literal["cut_flow", "kill_step", "freeze_step", "kill_cell", "freeze_cell", "hold", "release"]
+    target: str
+    reason: str
+    latency_ns: int
+    """From the fact that caused it to its effect."""
+    cause: int | None = None
+    """Id of the event that caused it."""
+
+
+class SensorStatus(Event, frozen=True, tag="sensor.status"):
+    """A sensor came, went, changed tier or lost something. Silence is never the answer."""
+
+    sensor: str
+    state: Literal["watching", "degraded", "blind", "stopped"]
+    detail: str
+    dropped: int = 0
+
+
+class LedgerNote(Event, frozen=True, tag="ledger.note"):
+    """The ledger speaks of itself, e.g. of a torn tail that was cut."""
+
+    note: str
+
+
+AnyEvent = (
+    RunStarted
+    | RunEnded
+    | EpisodeStarted
+    | EpisodeEnded
+    | StepOpened
+    | StepClosed
+    | ToolCall
+    | ProcessStarted
+    | ProcessExited
+    | Flow
+    | DnsQuery
+    | PacketDropped
+    | FileWrite
+    | ResourceSample
+    | VerdictGiven
+    | Finding
+    | ContainmentAction
+    | SensorStatus
+    | LedgerNote
+)
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """An event with its number in the run's ledger."""
+
+    id: int
+    event: AnyEvent
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(AnyEvent)
+
+
+def encode(event: AnyEvent) -> bytes:
+    """One line of JSON without a newline."""
+    return _encoder.encode(event)
+
+
+def decode(raw: bytes) -> AnyEvent:
+    """The event that :func:`encode` wrote.
+
+    Raises:
+        msgspec.MsgspecError: not an event of this schema.
+    """
+    return _decoder.decode(raw)

@@ -1,0 +1,40 @@
+"""What one cell may use. Units are in the names; None means no limit of our own."""
+
+from __future__ import annotations
+
+import msgspec
+
+from vallum.core.errors import InvalidInput
+
+MIB = 1024 * 1024
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Quotas of a cell."""
+
+    cpus: float | None = None
+    """CPU time per wall time: 1.5 is one and a half cores."""
+    memory_bytes: int | None = 2048 * MIB
+    """Memory of all processes of the cell together; beyond it the kernel kills inside the cell."""
+    pids: int | None = 512
+    """Processes and threads alive at once."""
+    disk_bytes: int | None = 4096 * MIB
+    """Bytes that the cell may write to its own layer (enforced where the upper layer is a sized file system)."""
+    output_bytes: int = 10 * MIB
+    """Bytes kept of each of stdout and stderr of one command: the first and the last half of it."""
+
+    def check(self) -> Limits:
+        """Return self.
+
+        Raises:
+            InvalidInput: a limit is not positive or too small to start a process.
+        """
+        if self.cpus is not None and not 0.01 <= self.cpus <= 4096:
+            raise InvalidInput(f"cpus={self.cpus} is not usable: give a number of cores between 0.01 and 4096")
+        if self.memory_bytes is not None and self.memory_bytes < 8 * MIB:
+            raise InvalidInput(f"memory of {self.memory_bytes} bytes is too small to start a process: give at least 8M")
+        if self.pids is not None and self.pids < 2:
+            raise InvalidInput(f"pids={self.pids} is too small: give at least 2")
+        if self.output_bytes < 1024:
+            raise InvalidInput(f"output_bytes={self.output_bytes} is too small: give at least 1024")
+        return self

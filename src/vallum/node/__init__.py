@@ -1,0 +1,1 @@
+"""The composition root: the one trusted process of a machine."""

@@ -1,0 +1,1 @@
+"""Acts on cells: cut, freeze, kill, hold. Every action is an event."""
