@@ -1,0 +1,1 @@
+"""Cgroup drivers: one contract, one file per hierarchy layout."""

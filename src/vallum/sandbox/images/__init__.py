@@ -1,0 +1,1 @@
+"""Root file systems: one contract, one file per kind of reference."""
