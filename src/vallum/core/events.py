@@ -106,15 +106,27 @@ class StepClosed(Event, frozen=True, tag="step.closed"):
 
 
 class ToolCall(Event, frozen=True, tag="tool.call"):
-    """A command given to the cell, or a call the model gateway saw."""
+    """A command given to the cell, or a call the model gateway saw. Written before it starts."""
 
     name: str
+    """``exec``, ``session.run``, or the tool's name."""
     arguments: str
-    """JSON."""
-    exit_code: int | None = None
-    output_bytes: int = 0
-    output_sha256: str = ""
+    """JSON, e.g. ``{"argv": [...], "cwd": ..., "user": ...}`` or ``{"command": "..."}``."""
+
+
+class ToolResult(Event, frozen=True, tag="tool.result"):
+    """How a tool call ended."""
+
+    call: int
+    """Id of its ``tool.call`` event."""
+    exit_code: int | None
+    """None when it never started or was stopped before it ended."""
+    duration_ns: int
+    output_bytes: int
+    output_sha256: str
     timed_out: bool = False
+    error: str = ""
+    """Why it did not start, e.g. ``CommandNotFound: ...``."""
 
 
 class ProcessStarted(Event, frozen=True, tag="process.started"):
@@ -255,6 +267,7 @@ AnyEvent = (
     | StepOpened
     | StepClosed
     | ToolCall
+    | ToolResult
     | ProcessStarted
     | ProcessExited
     | Flow
