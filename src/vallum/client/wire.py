@@ -1,0 +1,343 @@
+"""The node's protocol: length-prefixed msgpack over a Unix stream socket.
+
+A client sends requests with a ``seq`` of its choosing; the node answers each with exactly one
+:class:`Reply` or :class:`Failure` of that ``seq``, and may send :class:`Output` of it before.
+The connection is the client's life: when it closes, the node ends the client's cells.
+
+Both ends are of one owner (the socket's directory is 0700 and peer credentials are checked), but
+the node still validates every message: types by msgspec, sizes by :data:`MAX_FRAME_BYTES`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Literal
+
+import msgspec
+
+from vallum.core.errors import NodeError
+from vallum.core.limits import Limits
+
+PROTOCOL = 1
+MAX_FRAME_BYTES = 512 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", forbid_unknown_fields=True):
+    """Fields of every request."""
+
+    seq: int
+
+
+class Hello(Request, frozen=True, tag="hello"):
+    """First request of a connection."""
+
+    protocol: int
+    version: str
+
+
+class CreateSandbox(Request, frozen=True, tag="sandbox.create"):
+    """Build a cell. Answer: :class:`SandboxMade`."""
+
+    image: str
+    containment: str
+    allow: list[str]
+    rules: str | None
+    """Text of a rule file."""
+    rules_name: str
+    """What to call it in messages."""
+    mounts: list[str]
+    limits: Limits
+    run: str | None
+    episode: str | None
+    environ: dict[str, str]
+    user: str | None
+    workdir: str | None
+    level: str
+    command: list[str]
+    """For the run's first record; empty for SDK runs."""
+
+
+class CloseSandbox(Request, frozen=True, tag="sandbox.close"):
+    """End a cell. Answer: :class:`SandboxClosed`."""
+
+    sandbox: str
+    exit_code: int | None
+    """What the caller counts as the run's exit code; None when it has none."""
+
+
+class OpenStep(Request, frozen=True, tag="step.open"):
+    """Open a step for several commands. Answer: its index."""
+
+    sandbox: str
+    tool_call: str | None
+
+
+class CloseStep(Request, frozen=True, tag="step.close"):
+    """Answer: None."""
+
+    sandbox: str
+    step: int
+
+
+class Exec(Request, frozen=True, tag="exec"):
+    """Run a command. Answer: :class:`Ran`, after ``Output`` frames when ``stream``."""
+
+    sandbox: str
+    argv: list[bytes]
+    step: int | None
+    tool_call: str | None
+    environ: dict[str, str]
+    cwd: str | None
+    user: str | None
+    stdin: bytes | None
+    """All of it; None and ``interactive`` for a stdin fed by :class:`Input`."""
+    interactive: bool
+    timeout_s: float | None
+    stream: bool
+    pty: bool
+    rows: int
+    columns: int
+
+
+class Input(Request, frozen=True, tag="exec.input"):
+    """Feed stdin of the exec with seq ``to``. No answer."""
+
+    to: int
+    data: bytes
+    eof: bool
+
+
+class Signal(Request, frozen=True, tag="exec.signal"):
+    """Signal the exec with seq ``to``. No answer."""
+
+    to: int
+    signum: int
+
+
+class Resize(Request, frozen=True, tag="exec.resize"):
+    """Resize the terminal of the exec with seq ``to``. No answer."""
+
+    to: int
+    rows: int
+    columns: int
+
+
+class OpenSession(Request, frozen=True, tag="session.open"):
+    """Start a persistent shell. Answer: its id."""
+
+    sandbox: str
+    environ: dict[str, str]
+    cwd: str | None
+    user: str | None
+
+
+class SessionRun(Request, frozen=True, tag="session.run"):
+    """Run a command line in a shell. Answer: :class:`Ran`."""
+
+    session: str
+    command: str
+    step: int | None
+    tool_call: str | None
+    timeout_s: float | None
+
+
+class CloseSession(Request, frozen=True, tag="session.close"):
+    """Answer: None."""
+
+    session: str
+
+
+class ReadFile(Request, frozen=True, tag="file.read"):
+    """Answer: bytes."""
+
+    sandbox: str
+    path: str
+    user: str | None
+    limit_bytes: int
+
+
+class WriteFile(Request, frozen=True, tag="file.write"):
+    """Answer: None."""
+
+    sandbox: str
+    path: str
+    data: bytes
+    user: str | None
+    mode: int
+
+
+class Events(Request, frozen=True, tag="events"):
+    """Answer: list of JSON lines (bytes), oldest first, of at most ``limit`` events from id ``start``."""
+
+    run: str
+    episode: str | None
+    start: int
+    limit: int
+
+
+class Status(Request, frozen=True, tag="status"):
+    """Answer: :class:`NodeStatus`."""
+
+
+class Stop(Request, frozen=True, tag="stop"):
+    """Stop the node and every cell. Answer: None, just before it goes."""
+
+
+AnyRequest = (
+    Hello
+    | CreateSandbox
+    | CloseSandbox
+    | OpenStep
+    | CloseStep
+    | Exec
+    | Input
+    | Signal
+    | Resize
+    | OpenSession
+    | SessionRun
+    | CloseSession
+    | ReadFile
+    | WriteFile
+    | Events
+    | Status
+    | Stop
+)
+
+
+class Welcome(msgspec.Struct, frozen=True, kw_only=True):
+    """The node introduces itself."""
+
+    version: str
+    pid: int
+    tiers: dict[str, str]
+
+
+class SandboxMade(msgspec.Struct, frozen=True, kw_only=True):
+    """A cell that is ready for commands."""
+
+    sandbox: str
+    run: str
+    episode: str
+    pid: int
+    rootless: bool
+
+
+class Used(msgspec.Struct, frozen=True, kw_only=True):
+    """What a cell used, for a summary. None where this machine does not tell."""
+
+    steps: int
+    processes: int
+    denied: int
+    findings: int
+    cpu_ns: int | None
+    memory_peak_bytes: int | None
+    bytes_out: int
+    bytes_in: int
+
+
+class SandboxClosed(msgspec.Struct, frozen=True, kw_only=True):
+    """A cell that has ended."""
+
+    survivors: int
+    used: Used
+
+
+class Ran(msgspec.Struct, frozen=True, kw_only=True):
+    """A command that has ended."""
+
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+    stdout_bytes: int
+    """What it wrote in all, kept or not."""
+    stderr_bytes: int
+    step: int
+    duration_ns: int
+    timed_out: bool
+
+
+class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the node is doing."""
+
+    version: str
+    pid: int
+    cells: int
+    clients: int
+    tiers: dict[str, str]
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply", tag_field="m"):
+    """The answer to request ``seq``: msgpack of its result."""
+
+    seq: int
+    result: bytes
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure", tag_field="m"):
+    """Request ``seq`` failed."""
+
+    seq: int
+    error: str
+    """Class name of ``vallum.core.errors``."""
+    message: str
+    errno_name: str = ""
+    """Of a GuestFileError."""
+    partial: bytes = b""
+    """msgpack of a :class:`Ran` of a command that was stopped by its timeout."""
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output", tag_field="m"):
+    """Bytes of a streaming exec."""
+
+    seq: int
+    stream: Literal["stdout", "stderr"]
+    data: bytes
+
+
+AnyMessage = Reply | Failure | Output
+
+_encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(AnyRequest)
+_messages = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def frame(message: object) -> bytes:
+    """Bytes of one message."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def pack(result: object) -> bytes:
+    """Bytes of a reply's result."""
+    return _encoder.encode(result)
+
+
+def decode_request(body: bytes) -> AnyRequest:
+    """The request in one frame.
+
+    Raises:
+        msgspec.MsgspecError: not a request of this protocol.
+    """
+    return _requests.decode(body)
+
+
+def decode_message(body: bytes) -> AnyMessage:
+    """What the node sent in one frame."""
+    return _messages.decode(body)
+
+
+async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
+    """The next frame's body, None at the end of the stream.
+
+    Raises:
+        NodeError: the frame is longer than allowed.
+    """
+    try:
+        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        if length > MAX_FRAME_BYTES:
+            raise NodeError(f"a message of {length} bytes is over the limit of {MAX_FRAME_BYTES}")
+        return await reader.readexactly(length)
+    except (asyncio.IncompleteReadError, ConnectionResetError):
+        return None
