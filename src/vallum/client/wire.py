@@ -116,6 +116,12 @@ class Signal(Request, frozen=True, tag="exec.signal"):
     signum: int
 
 
+class Cancel(Request, frozen=True, tag="exec.cancel"):
+    """End the command with seq ``to`` and everything it started. No answer of its own: the exec answers."""
+
+    to: int
+
+
 class Resize(Request, frozen=True, tag="exec.resize"):
     """Resize the terminal of the exec with seq ``to``. No answer."""
 
@@ -194,6 +200,7 @@ AnyRequest = (
     | Exec
     | Input
     | Signal
+    | Cancel
     | Resize
     | OpenSession
     | SessionRun

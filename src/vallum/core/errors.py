@@ -24,6 +24,8 @@ only broad handlers are at process boundaries and say why.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class VallumError(Exception):
     """Base of every error this package raises on purpose. ``str(error)`` is one sentence for a person."""
@@ -59,10 +61,12 @@ class CommandNotExecutable(SandboxError):
     exit_code = 126
 
 
-class StepTimeout(SandboxError):
+class StepTimeout(SandboxError, TimeoutError):
     """The time of a command was up. Its process tree has been killed."""
 
     exit_code = 124
+    partial: Any = None
+    """What the command had written (``stdout``, ``stderr``, ``step``), where that is known."""
 
 
 class CellGone(SandboxError):

@@ -1,0 +1,213 @@
+"""One connection to the node: requests out, answers matched by number, the node started when there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from vallum.client import wire
+from vallum.client.places import Places
+from vallum.core.errors import BY_NAME, GuestFileError, InvalidInput, NodeError, StepTimeout, VallumError
+
+START_TIMEOUT_S = 30.0
+_PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "SSL_CERT_FILE")
+
+T = TypeVar("T")
+OnOutput = Callable[[str, bytes], None]
+
+
+class Connection:
+    """A client's connection. Its end ends the client's cells."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._listeners: dict[int, OnOutput] = {}
+        self._closed = False
+        self._task = asyncio.get_running_loop().create_task(self._read())
+
+    @classmethod
+    async def open(cls, places: Places) -> Connection:
+        """Connect to the owner's node, starting one when none is running.
+
+        Raises:
+            NodeError: it cannot be started or reached; names its log file.
+        """
+        sock = await _connect(places)
+        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=2**20)
+        return cls(reader, writer)
+
+    def next_seq(self) -> int:
+        """A number for a request."""
+        return next(self._numbers)
+
+    def post(self, request: wire.AnyRequest) -> None:
+        """Send a request that has no answer of its own."""
+        if not self._closed:
+            self._writer.write(wire.frame(request))
+
+    async def call(self, request: wire.AnyRequest, answer: type[T], on_output: OnOutput | None = None) -> T:
+        """Send a request and wait for its answer.
+
+        Raises:
+            VallumError: what the node said, as the class it named.
+            NodeError: the node went away.
+        """
+        if self._closed:
+            raise NodeError("the connection to the node is closed; open a new vallum.Node()")
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._waiting[request.seq] = future
+        if on_output is not None:
+            self._listeners[request.seq] = on_output
+        try:
+            self._writer.write(wire.frame(request))
+            await self._writer.drain()
+            result = await future
+        except ConnectionError as error:
+            raise NodeError(f"the node went away: {error}") from error
+        finally:
+            self._waiting.pop(request.seq, None)
+            self._listeners.pop(request.seq, None)
+        return msgspec.msgpack.decode(result, type=answer)
+
+    async def close(self) -> None:
+        """End the connection, and with it every cell of this client."""
+        self._closed = True
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _read(self) -> None:
+        reason = "the node went away; its cells are gone and what they had done is in the record"
+        try:
+            while (body := await wire.read_frame(self._reader)) is not None:
+                self._take(wire.decode_message(body))
+        except (NodeError, msgspec.MsgspecError) as error:
+            reason = f"the node sent something unreadable: {error}"
+        finally:
+            self._closed = True
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(NodeError(reason))
+            self._writer.close()
+
+    def _take(self, message: wire.AnyMessage) -> None:
+        if isinstance(message, wire.Output):
+            listener = self._listeners.get(message.seq)
+            if listener is not None:
+                listener(message.stream, message.data)
+            return
+        future = self._waiting.get(message.seq)
+        if future is None or future.done():
+            return
+        if isinstance(message, wire.Reply):
+            future.set_result(message.result)
+        else:
+            future.set_exception(rebuild(message))
+
+
+def rebuild(failure: wire.Failure) -> VallumError:
+    """The error that the node raised."""
+    if failure.error == GuestFileError.__name__:
+        return GuestFileError(failure.message, failure.errno_name)
+    error = BY_NAME.get(failure.error, VallumError)(failure.message)
+    if isinstance(error, StepTimeout) and failure.partial:
+        error.partial = msgspec.msgpack.decode(failure.partial, type=wire.Ran)
+    return error
+
+
+async def _connect(places: Places) -> socket.socket:
+    prepare(places)
+    deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
+    starter: asyncio.subprocess.Process | None = None
+    while True:
+        sock = _try_connect(places.socket)
+        if sock is not None:
+            return sock
+        if starter is None:
+            starter = await _start_node(places)
+        assert starter.stdout is not None
+        word = await asyncio.wait_for(starter.stdout.readline(), max(0.1, deadline - asyncio.get_running_loop().time()))
+        if word.startswith(b"error "):
+            raise NodeError(word[6:].decode("utf-8", "replace").strip())
+        sock = _try_connect(places.socket)
+        if sock is not None:
+            return sock
+        starter = None
+        if asyncio.get_running_loop().time() > deadline:
+            raise NodeError(f"the node did not start within {START_TIMEOUT_S:.0f} s; its log is {places.runtime}/node.log")
+        await asyncio.sleep(0.02)
+
+
+def prepare(places: Places) -> None:
+    """Make the owner's directories, 0700.
+
+    Raises:
+        NodeError: a directory cannot be made, or belongs to someone else (somebody may have laid a trap in /tmp).
+        InvalidInput: the socket's path is longer than the kernel takes.
+    """
+    if len(os.fsencode(places.socket)) > 100:
+        raise InvalidInput(f"{places.socket} is too long for a Unix socket (100 bytes): choose a shorter VALLUM_HOME")
+    for directory in (places.state, places.runtime):
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = directory.lstat()
+            if found.st_uid != os.geteuid() or directory.is_symlink():
+                raise NodeError(f"{directory} belongs to uid {found.st_uid}, not to you: remove it or set VALLUM_HOME to a directory of your own")
+            if found.st_mode & 0o077:
+                directory.chmod(0o700)
+        except OSError as error:
+            raise NodeError(f"cannot make {directory}: {error.strerror}; set VALLUM_HOME to a directory that you may write") from error
+
+
+def _try_connect(path: Path) -> socket.socket | None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(str(path))
+        _pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError):
+        sock.close()
+        return None
+    except OSError as error:
+        sock.close()
+        raise NodeError(f"cannot reach the node at {path}: {error.strerror}") from error
+    if uid != os.geteuid():
+        sock.close()
+        raise NodeError(f"the process at {path} runs as uid {uid}, not as you: not talking to it")
+    sock.setblocking(False)
+    return sock
+
+
+async def _start_node(places: Places) -> asyncio.subprocess.Process:
+    environ = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    log = os.open(places.runtime / "node.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-m", "vallum.node", "--state", str(places.state), "--runtime", str(places.runtime),
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=log,
+            env=environ, cwd="/", start_new_session=True,
+        )  # fmt: skip
+    finally:
+        os.close(log)
+
+
+def view(line: bytes) -> dict[str, Any]:
+    """One event as the dictionary that ``vallum events --json`` prints."""
+    value = msgspec.json.decode(line)
+    assert isinstance(value, dict)
+    return value

@@ -1,0 +1,152 @@
+"""The same names as :mod:`vallum`, blocking.
+
+One background thread runs an event loop for all objects made here::
+
+    with vallum.sync.Node() as node, node.sandbox() as sb:
+        print(sb.exec(["id"]).stdout)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar
+
+from vallum.client import face
+from vallum.client.face import EventView, ExecResult
+
+T = TypeVar("T")
+
+__all__ = ["Node", "Sandbox", "Session"]
+
+
+class _Loop:
+    """An event loop in a daemon thread, started on first use."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run to completion; an interrupt of the caller cancels it."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="vallum-sync", daemon=True).start()
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+_loop = _Loop()
+
+
+class Session:
+    """Blocking :class:`vallum.Session`."""
+
+    def __init__(self, inner: face.Session) -> None:
+        self._inner = inner
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def run(self, command: str, *, timeout_s: float | None = None, tool_call: str | None = None, step: int | None = None) -> ExecResult:
+        """See :meth:`vallum.Session.run`."""
+        return _loop.run(self._inner.run(command, timeout_s=timeout_s, tool_call=tool_call, step=step))
+
+    def close(self) -> None:
+        """End the shell."""
+        _loop.run(self._inner.close())
+
+
+class Sandbox:
+    """Blocking :class:`vallum.Sandbox`."""
+
+    def __init__(self, inner: face.Sandbox) -> None:
+        self._inner = inner
+        self.id, self.run, self.episode, self.pid, self.rootless = inner.id, inner.run, inner.episode, inner.pid, inner.rootless
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def exec(self, argv: list[str | bytes] | list[str], **options: Any) -> ExecResult:
+        """See :meth:`vallum.Sandbox.exec`."""
+        return _loop.run(self._inner.exec(argv, **options))
+
+    def session(self, **options: Any) -> Session:
+        """See :meth:`vallum.Sandbox.session`."""
+
+        async def open_session() -> face.Session:
+            return await self._inner.session(**options)
+
+        return Session(_loop.run(open_session()))
+
+    @contextmanager
+    def step(self, *, tool_call: str | None = None) -> Iterator[int]:
+        """See :meth:`vallum.Sandbox.step`."""
+        block = self._inner.step(tool_call=tool_call)
+        index = _loop.run(block.__aenter__())
+        try:
+            yield index
+        finally:
+            _loop.run(block.__aexit__(None, None, None))
+
+    def read_file(self, path: str, **options: Any) -> bytes:
+        """See :meth:`vallum.Sandbox.read_file`."""
+        return _loop.run(self._inner.read_file(path, **options))
+
+    def write_file(self, path: str, data: bytes | str, **options: Any) -> None:
+        """See :meth:`vallum.Sandbox.write_file`."""
+        _loop.run(self._inner.write_file(path, data, **options))
+
+    def close(self) -> None:
+        """End the cell."""
+        _loop.run(self._inner.close())
+
+
+class Node:
+    """Blocking :class:`vallum.Node`."""
+
+    def __init__(self, *, home: str | os.PathLike[str] | None = None) -> None:
+        self._inner = face.Node(home=home)
+
+    def __enter__(self) -> Node:
+        _loop.run(self._inner.__aenter__())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def tiers(self) -> dict[str, str]:
+        """Control -> how well it is enforced."""
+        return self._inner.tiers
+
+    def sandbox(self, image: str = "host", **options: Any) -> Sandbox:
+        """See :meth:`vallum.Node.sandbox`. The result is a context manager, too."""
+
+        async def open_sandbox() -> face.Sandbox:
+            return await self._inner.sandbox(image, **options)
+
+        return Sandbox(_loop.run(open_sandbox()))
+
+    def events(self, *, run: str, episode: str | None = None) -> list[EventView]:
+        """See :meth:`vallum.Node.events`."""
+        return _loop.run(self._inner.events(run=run, episode=episode))
+
+    def close(self) -> None:
+        """End this client's cells and leave."""
+        _loop.run(self._inner.close())
