@@ -64,13 +64,14 @@ class Node:
 
     Args:
         home: directory of its state instead of the default (or ``VALLUM_HOME``).
+        places: the same, directory by directory.
     """
 
-    def __init__(self, *, home: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, *, home: str | os.PathLike[str] | None = None, places: Places | None = None) -> None:
         environ = dict(os.environ)
         if home is not None:
-            environ["VALLUM_HOME"] = os.fspath(home)
-        self.places = Places.from_environ(environ, os.geteuid())
+            environ["VALLUM_HOME"] = os.path.abspath(home)  # noqa: PTH100 - no symlink is resolved
+        self.places = places or Places.from_environ(environ, os.geteuid())
         self._connection: Connection | None = None
         self.tiers: dict[str, str] = {}
         """Control -> ``enforced``, ``degraded: why`` or ``missing: why``."""
@@ -317,9 +318,10 @@ class Process:
         self._seq = request.seq
         self._answer = asyncio.ensure_future(connection.call(request, wire.Ran, on_output))
 
-    def feed(self, data: bytes, *, eof: bool = False) -> None:
-        """Write to its stdin (``interactive`` or ``pty``)."""
-        self._connection.post(wire.Input(seq=self._connection.next_seq(), to=self._seq, data=data, eof=eof))
+    async def feed(self, data: bytes, *, eof: bool = False) -> None:
+        """Write to its stdin (``interactive`` or ``pty``). Returns when there is room for more."""
+        request = wire.Input(seq=self._connection.next_seq(), to=self._seq, data=data, eof=eof)
+        await self._connection.call(request, type(None))
 
     def signal(self, signum: int) -> None:
         """Send a signal to its process group."""

@@ -102,7 +102,7 @@ class Exec(Request, frozen=True, tag="exec"):
 
 
 class Input(Request, frozen=True, tag="exec.input"):
-    """Feed stdin of the exec with seq ``to``. No answer."""
+    """Feed stdin of the exec with seq ``to``. Answer: None, once the guest has taken enough of it to send more."""
 
     to: int
     data: bytes

@@ -1,4 +1,8 @@
-"""What one cell may use. Units are in the names; None means no limit of our own."""
+"""What one cell may use. Units are in the names.
+
+A limit that is given is enforced or the cell is refused. None asks for the node's default
+(:data:`DEFAULTS`), which is applied where the machine can enforce it and said to be missing where not.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Quotas of a cell."""
 
     cpus: float | None = None
-    """CPU time per wall time: 1.5 is one and a half cores."""
-    memory_bytes: int | None = 2048 * MIB
+    """CPU time per wall time: 1.5 is one and a half cores. None: all of the machine's."""
+    memory_bytes: int | None = None
     """Memory of all processes of the cell together; beyond it the kernel kills inside the cell."""
-    pids: int | None = 512
+    pids: int | None = None
     """Processes and threads alive at once."""
-    disk_bytes: int | None = 4096 * MIB
-    """Bytes that the cell may write to its own layer (enforced where the upper layer is a sized file system)."""
+    disk_bytes: int | None = None
+    """Bytes that the cell may write to its own layer."""
     output_bytes: int = 10 * MIB
     """Bytes kept of each of stdout and stderr of one command: the first and the last half of it."""
 
@@ -38,3 +42,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.output_bytes < 1024:
             raise InvalidInput(f"output_bytes={self.output_bytes} is too small: give at least 1024")
         return self
+
+    def with_defaults(self, enforceable: set[str]) -> Limits:
+        """These limits with :data:`DEFAULTS` filled in for the names in ``enforceable`` that are not given."""
+        missing = {name: value for name, value in DEFAULTS.items() if name in enforceable and getattr(self, name) is None}
+        return msgspec.structs.replace(self, **missing)
+
+
+DEFAULTS: dict[str, int] = {"memory_bytes": 2048 * MIB, "pids": 512}
+"""Quotas of a cell whose caller names none."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import secrets
 
 SHELLS = ("/bin/bash", "/bin/sh")
-PROLOGUE = b"exec 0</dev/null\n"
 
 
 def make_argv(shell: str) -> list[bytes]:

@@ -1,0 +1,253 @@
+"""`vallum run`: contain any command."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import msgspec
+
+from vallum.client.face import EventView, ExecResult, Node, Process, Sandbox
+from vallum.client.places import Places
+from vallum.client.wire import Used
+from vallum.core.errors import InvalidInput, VallumError
+from vallum.core.limits import Limits
+from vallum.core.scope import make_run_id
+from vallum.core.text import show
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+SHOWN_ATTEMPTS = 12
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``512M``, ``2G``, ``1048576``.
+
+    Raises:
+        InvalidInput: it is not a size.
+    """
+    word = text.strip().lower().removesuffix("ib").removesuffix("b")
+    number, unit = (word[:-1], word[-1]) if word and word[-1].isalpha() else (word, "")
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise InvalidInput(f"{text!r} is not a size: write for example 512M or 2G") from None
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--rules", "rules_file", metavar="FILE", help="Rule file (TOML).")
+@click.option("--allow", multiple=True, metavar="HOST[:PORT]", help="Grant a host, *.wildcard, address or CIDR. Repeatable.")
+@click.option("--containment", type=click.Choice(["locked", "standard", "research"]), default="standard", show_default=True, help="How much is granted from the start.")
+@click.option("--image", default="host", show_default=True, metavar="REF", help="host, or dir:PATH.")
+@click.option("--mount", "mounts", multiple=True, metavar="SRC:DST[:ro]", help="Show a host directory inside, copy-on-write: the host is never written. Repeatable.")
+@click.option("--work", metavar="DIR", help="Show DIR copy-on-write at /work and start there.")
+@click.option("--env", "environ", multiple=True, metavar="NAME=VALUE", help="Set a variable inside (nothing of yours is passed by itself). Repeatable.")
+@click.option("--user", metavar="NAME", help="User inside the cell (default: agent).")
+@click.option("--cpus", type=float, metavar="N", help="Cores, e.g. 1.5.")
+@click.option("--memory", metavar="SIZE", help="e.g. 512M, 2G.")
+@click.option("--pids", type=int, metavar="N", help="Processes and threads at once.")
+@click.option("--timeout", "timeout_s", type=float, metavar="S", help="End it after S seconds (exit code 124).")
+@click.option("--run", "run_id", metavar="ID", help="Id of the run (default: a new one).")
+@click.option("--level", default="ns", show_default=True, help="Isolation level.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end; the command's own output goes to stderr.")
+@click.option("--quiet", "-q", is_flag=True, help="No summary.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.pass_obj
+def run(places: Places, command: tuple[str, ...], **options: Any) -> None:
+    """Contain any command: `vallum run -- CMD ARG...`.
+
+    It runs in a fresh cell with a read-only view of this machine's programs, no way out but what is
+    granted, and everything it does in the record. Exit code is CMD's; 125 where containment stopped it.
+    """
+    if not command:
+        raise click.UsageError("give a command: vallum run -- CMD ARG...")
+    sys.exit(asyncio.run(_run(places, list(command), options)))
+
+
+async def _run(places: Places, command: list[str], options: dict[str, Any]) -> int:
+    limits = Limits(
+        cpus=options["cpus"], memory_bytes=parse_size(options["memory"]) if options["memory"] else None, pids=options["pids"]
+    ).check()
+    mounts = list(options["mounts"])
+    workdir = None
+    if options["work"]:
+        mounts.append(f"{os.path.abspath(options['work'])}:/work")  # noqa: PTH100
+        workdir = "/work"
+    async with Node(places=places) as node:
+        sandbox = await node.sandbox(
+            options["image"], containment=options["containment"], allow=options["allow"], rules=options["rules_file"], mounts=mounts,
+            limits=limits, run=options["run_id"] or make_run_id(), environ=_environ(options["environ"]), user=options["user"],
+            workdir=workdir, level=options["level"], command=command,
+        )  # fmt: skip
+        code, failure = 125, None
+        try:
+            result = await _attend(sandbox, command, options)
+            code = result.exit_code
+        except VallumError as error:
+            code, failure = error.exit_code, error
+        with contextlib.suppress(VallumError):
+            await sandbox.close(exit_code=code)
+        events = await node.events(run=sandbox.run, episode=sandbox.episode)
+    if failure is not None:
+        click.echo(f"vallum: {failure}", err=True)
+    if options["as_json"]:
+        click.echo(msgspec.json.encode(_summary(sandbox, code, failure, events)).decode())
+    elif not options["quiet"]:
+        _print_summary(sandbox, code, events)
+    return code
+
+
+def _environ(pairs: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name:
+            raise InvalidInput(f"--env {pair!r} is not NAME=VALUE")
+        found[name] = value
+    if "TERM" in os.environ and sys.stdout.isatty():
+        found.setdefault("TERM", os.environ["TERM"])
+    return found
+
+
+async def _attend(sandbox: Sandbox, command: list[str], options: dict[str, Any]) -> ExecResult:
+    """Run the command with our terminal, pipes and signals behind it."""
+    pty = sys.stdin.isatty() and sys.stdout.isatty() and not options["as_json"]
+    size = shutil.get_terminal_size()
+    out = 2 if options["as_json"] else 1
+
+    def write(stream: str, data: bytes) -> None:
+        _write_all(out if stream == "stdout" else 2, data)
+
+    process = sandbox.start(
+        command, timeout_s=options["timeout_s"], interactive=True, pty=pty, rows=size.lines, columns=size.columns, on_output=write
+    )
+    loop = asyncio.get_running_loop()
+    for signum in FORWARDED:
+        loop.add_signal_handler(signum, process.signal, signum)
+    if pty:
+        loop.add_signal_handler(signal.SIGWINCH, lambda: process.resize(*_terminal_size()))
+    feeding = asyncio.ensure_future(_feed(process))
+    try:
+        with _raw_terminal(0) if pty else contextlib.nullcontext():
+            return await process.wait()
+    finally:
+        feeding.cancel()
+        with contextlib.suppress(asyncio.CancelledError, VallumError):
+            await feeding
+        for signum in FORWARDED:
+            loop.remove_signal_handler(signum)
+
+
+def _terminal_size() -> tuple[int, int]:
+    size = shutil.get_terminal_size()
+    return size.lines, size.columns
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+async def _feed(process: Process) -> None:
+    """Pass our stdin on until it ends. Never blocks the loop: waits for readiness where the descriptor can be polled."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    try:
+        loop.add_reader(0, ready.set)
+        can_poll = True
+    except (PermissionError, OSError):
+        can_poll = False  # a regular file or /dev/null: always ready
+    try:
+        while True:
+            if can_poll:
+                await ready.wait()
+                ready.clear()
+            try:
+                data = os.read(0, 65536)
+            except OSError:
+                data = b""
+            await process.feed(data, eof=not data)
+            if not data:
+                return
+    finally:
+        if can_poll:
+            loop.remove_reader(0)
+
+
+@contextlib.contextmanager
+def _raw_terminal(fd: int) -> Iterator[None]:
+    before = termios.tcgetattr(fd)
+    tty.setraw(fd)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def _is_denial(event: EventView) -> bool:
+    return event.get("verdict") == "deny" and event["kind"] in ("net.flow", "dns.query", "net.packet")
+
+
+def _summary(sandbox: Sandbox, code: int, failure: VallumError | None, events: list[EventView]) -> dict[str, Any]:
+    used = sandbox.used
+    return {
+        "run": sandbox.run,
+        "episode": sandbox.episode,
+        "exit_code": code,
+        "error": str(failure) if failure else None,
+        **({name: getattr(used, name) for name in used.__struct_fields__} if used else {}),
+        "denied_attempts": [event for event in events if _is_denial(event)],
+        "findings_list": [event for event in events if event["kind"] == "finding"],
+    }
+
+
+def _target(event: EventView) -> str:
+    if event["kind"] == "dns.query":
+        return f"DNS {event['qname']}"
+    host = f" ({event['dst_host']})" if event.get("dst_host") else ""
+    port = f":{event['dst_port']}" if event.get("dst_port") is not None else ""
+    return f"{event['protocol']} {event['dst_ip']}{port}{host}"
+
+
+def _print_summary(sandbox: Sandbox, code: int, events: list[EventView]) -> None:
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    used = sandbox.used
+    denials = [event for event in events if _is_denial(event)]
+    say(click.style(f"-- vallum: run {sandbox.run}", bold=True) + f"  exit {code}")
+    if used is not None:
+        say(f"   {_figures(used)}")
+    for event in denials[:SHOWN_ATTEMPTS]:
+        process = event.get("process") or {}
+        step = event["scope"]["step"]
+        who = show(" ".join(process.get("argv") or []) or process.get("exe") or "?", 60)
+        say(click.style("   denied ", fg="red") + f"step {step if step is not None else '?'}  {show(_target(event), 80)}  rule {event['rule']}  pid {process.get('pid', '?')} {who}")
+    if len(denials) > SHOWN_ATTEMPTS:
+        say(f"   ... and {len(denials) - SHOWN_ATTEMPTS} more")
+    for event in events:
+        if event["kind"] == "finding":
+            say(click.style("   finding ", fg="yellow") + f"step {event['scope']['step']}  {event['severity']}  {show(event['title'], 80)}  {' '.join(event['attack'])}")
+    say(f"   look: vallum show {sandbox.run}    report: vallum report {sandbox.run}    check: vallum verify {sandbox.run}")
+
+
+def _figures(used: Used) -> str:
+    parts = [f"{used.steps} step{'s' * (used.steps != 1)}", f"{used.processes} process{'es' * (used.processes != 1)}", f"{used.denied} denied"]
+    if used.findings:
+        parts.append(f"{used.findings} finding{'s' * (used.findings != 1)}")
+    if used.cpu_ns is not None:
+        parts.append(f"cpu {used.cpu_ns / 1e9:.2f} s")
+    if used.memory_peak_bytes is not None:
+        parts.append(f"memory {used.memory_peak_bytes / 2**20:.0f} MiB")
+    parts.append(f"out {used.bytes_out} B, in {used.bytes_in} B")
+    return "  ".join(parts)

@@ -1,0 +1,339 @@
+"""What the node is made of, wired together: cells, gateway, sensors, detectors, ledgers.
+
+The only module that knows all of them. Everything that can go wrong with a judge ends the cells it judged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+import secrets
+from collections.abc import Coroutine
+from hashlib import sha256
+
+from vallum.client import wire
+from vallum.client.places import Places
+from vallum.core import clock
+from vallum.core.errors import CellGone, ControlMissing, InvalidInput, RecordError, VallumError
+from vallum.core.events import ContainmentAction, EpisodeEnded, EpisodeStarted, FileWrite, RunStarted
+from vallum.core.limits import Limits
+from vallum.core.scope import BY_NODE, Scope, check_id, make_run_id
+from vallum.gateway.link import GatewayLink
+from vallum.node.commands import CommandRunner, open_shell, run_in_shell
+from vallum.node.door import Door
+from vallum.node.live import LiveCell
+from vallum.node.recorder import Recorder, RunBook
+from vallum.node.watch import Watch
+from vallum.rules.dial import build_ruleset
+from vallum.sandbox.base import Backend, CellSpec, Image
+from vallum.sandbox.images.resolve import resolve, with_mounts
+from vallum.version import __version__
+
+log = logging.getLogger(__name__)
+
+QUOTAS = {"cpus": "cgroup.cpu", "memory_bytes": "cgroup.memory", "pids": "cgroup.pids", "disk_bytes": "disk.quota"}
+"""Limit -> the control that enforces it."""
+
+
+class House:
+    """The node's state and its parts."""
+
+    def __init__(self, places: Places, backends: dict[str, Backend]) -> None:
+        self._places = places
+        self._backends = backends
+        self._recorder = Recorder(places.runs, self._go_blind)
+        self._cells: dict[str, LiveCell] = {}
+        self._sessions: dict[str, LiveCell] = {}
+        self._default_runs: dict[int, str] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._watch = Watch(self._find_any)
+        self._door = Door(self._find_any)
+        self.tiers: dict[str, str] = {}
+        self.clients = 0
+        self.is_broken = asyncio.Event()
+        """Set when a part of the node died that it cannot do without."""
+
+    async def start(self) -> None:
+        """Start the parts and find out what this machine can enforce.
+
+        Raises:
+            ControlMissing: cells cannot be had here at all.
+        """
+        for backend in self._backends.values():
+            await backend.start()
+            self.tiers.update(backend.probe())
+        self.tiers.update(self._watch.start())
+        self.tiers.update(await self._door.start(self._lose_gateway))
+
+    async def stop(self) -> None:
+        """End every cell, then every part, then every run."""
+        await asyncio.gather(*(self._end(live, "node_stopped") for live in list(self._cells.values())))
+        await self._door.stop()
+        self._watch.stop()
+        for backend in self._backends.values():
+            await backend.stop()
+        self._recorder.close_all("node_stopped")
+
+    # ------------------------------------------------------------------ cells
+
+    async def create(self, request: wire.CreateSandbox, client: int) -> wire.SandboxMade:
+        """Build a cell for a client; see :meth:`vallum.Node.sandbox`."""
+        if request.run is not None:
+            check_id(request.run, "the run id")
+        if request.episode is not None:
+            check_id(request.episode, "the episode id")
+        backend = self._backends.get(request.level)
+        if backend is None:
+            raise InvalidInput(f"there is no isolation level {request.level!r}: use one of {', '.join(sorted(self._backends))}")
+        ruleset = build_ruleset(request.containment, request.allow, request.rules, request.rules_name)
+        image = self._image(request)
+        limits = self._limits(request.limits)
+        book = self._book(request, client)
+        cell_id = f"c{secrets.token_hex(5)}"
+        episode = request.episode or f"e{book.episodes}"
+        book.episodes += 1
+        cell = await backend.create(CellSpec(id=cell_id, image=image, limits=limits))
+        live = LiveCell(cell, book, episode, client, limits)
+        self._cells[cell_id] = live
+        try:
+            book.emit(
+                EpisodeStarted(
+                    t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=live.scope(), attribution=BY_NODE, sandbox=cell_id, image=image.ref,
+                    image_digest=image.digest, level=request.level, containment=request.containment, rules=ruleset.describe(),
+                    limits={name: getattr(limits, name) for name in limits.__struct_fields__},
+                )  # fmt: skip
+            )
+            self._watch.add(live)
+            await self._door.add(live, ruleset)
+        except BaseException:
+            await self._end(live, "not_started")
+            raise
+        return wire.SandboxMade(sandbox=cell_id, run=book.run, episode=episode, pid=cell.pid, rootless=cell.rootless)
+
+    def _image(self, request: wire.CreateSandbox) -> Image:
+        image = resolve(request.image, images_dir=self._places.images, rootless=os.geteuid() != 0)
+        image = with_mounts(image, request.mounts)
+        environ = {**image.environ, **request.environ}
+        return Image(
+            ref=image.ref, digest=image.digest, layers=image.layers, environ=environ,
+            user=request.user or image.user, workdir=request.workdir or image.workdir,
+        )  # fmt: skip
+
+    def _limits(self, wanted: Limits) -> Limits:
+        limits = wanted.check()
+        can = {name for name, control in QUOTAS.items() if self.tiers.get(control, "missing").startswith("enforced")}
+        for name, control in QUOTAS.items():
+            if getattr(limits, name) is not None and name not in can:
+                raise ControlMissing(f"the limit {name} was asked for but cannot be enforced here: {self.tiers.get(control, 'missing: not built yet')}")
+        return limits.with_defaults(can)
+
+    def _book(self, request: wire.CreateSandbox, client: int) -> RunBook:
+        run = request.run or self._default_runs.get(client)
+        if run is None:
+            run = self._default_runs[client] = make_run_id()
+        book, is_new = self._recorder.open(run)
+        book.holders.add(client)
+        if is_new:
+            book.emit(
+                RunStarted(
+                    t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=Scope(run=run), attribution=BY_NODE, command=request.command,
+                    containment=request.containment, version=__version__, host=platform.node(), kernel=platform.release(), tiers=self.tiers,
+                )  # fmt: skip
+            )
+        return book
+
+    def find(self, sandbox: str, client: int) -> LiveCell | None:
+        """A client's live cell."""
+        live = self._cells.get(sandbox)
+        return live if live is not None and live.client == client else None
+
+    def _find_any(self, sandbox: str) -> LiveCell | None:
+        return self._cells.get(sandbox)
+
+    def get(self, sandbox: str, client: int) -> LiveCell:
+        """A client's live cell.
+
+        Raises:
+            CellGone: it has none of that id, or it has ended.
+        """
+        live = self.find(sandbox, client)
+        if live is None or live.is_closing:
+            raise CellGone(f"cell {sandbox} has ended")
+        return live
+
+    async def close(self, sandbox: str, client: int, *, exit_code: int | None) -> wire.SandboxClosed:
+        """End a cell and say what it used. A cell that has ended already is no error."""
+        live = self.get(sandbox, client)
+        if exit_code is not None:
+            live.book.exit_code = exit_code
+        usage = live.cell.usage()
+        survivors = await self._end(live, "closed")
+        tally = live.book.tally(live.episode)
+        return wire.SandboxClosed(
+            survivors=survivors,
+            used=wire.Used(
+                steps=tally.steps, processes=tally.processes, denied=tally.denied, findings=tally.findings, cpu_ns=usage.cpu_ns,
+                memory_peak_bytes=usage.memory_peak_bytes, bytes_out=tally.bytes_out, bytes_in=tally.bytes_in,
+            ),
+        )  # fmt: skip
+
+    async def _end(self, live: LiveCell, reason: str) -> int:
+        if live.is_closing:
+            return 0
+        live.is_closing = True
+        survivors = await live.cell.close()
+        self._watch.remove(live)
+        with contextlib.suppress(VallumError):
+            await self._door.remove(live)
+        self._cells.pop(live.id, None)
+        for session in live.shells:
+            self._sessions.pop(session, None)
+        with contextlib.suppress(RecordError):
+            live.emit(
+                EpisodeEnded(t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=live.scope(), attribution=BY_NODE, reason=reason, survivors=survivors)
+            )
+        return survivors
+
+    async def forget_client(self, client: int) -> None:
+        """End the cells of a client that has gone, and the runs that nobody holds any more."""
+        mine = [live for live in self._cells.values() if live.client == client]
+        await asyncio.gather(*(self._end(live, "client_gone") for live in mine))
+        self._default_runs.pop(client, None)
+        for book in self._recorder.books():
+            if client in book.holders:
+                book.holders.discard(client)
+                if not book.holders:
+                    self._recorder.close(book.run, "client_gone" if mine else "finished")
+
+    # ------------------------------------------------------------------ commands
+
+    async def run_command(self, runner: CommandRunner, sandbox: str, client: int) -> wire.Ran:
+        """Run a command to its end."""
+        live = self.get(sandbox, client)
+        try:
+            return await runner.run()
+        except CellGone:
+            self._raise_if_contained(live)
+            raise
+
+    def close_step(self, request: wire.CloseStep, client: int) -> None:
+        """Close a step that was opened for several commands."""
+        live = self.get(request.sandbox, client)
+        step = live.steps.get(request.step)
+        if step is None or not step.is_open or not step.is_block:
+            raise InvalidInput(f"step {request.step} of cell {request.sandbox} is not open")
+        live.close_step(step)
+
+    async def open_session(self, request: wire.OpenSession, client: int) -> str:
+        """Start a persistent shell and give its id."""
+        live = self.get(request.sandbox, client)
+        session = f"s{secrets.token_hex(5)}"
+        await open_shell(live, request, session)
+        self._sessions[session] = live
+        return session
+
+    def _session(self, session: str, client: int) -> LiveCell:
+        live = self._sessions.get(session)
+        if live is None or live.client != client or session not in live.shells:
+            raise CellGone(f"session {session} has ended")
+        return live
+
+    async def run_session(self, request: wire.SessionRun, client: int) -> wire.Ran:
+        """Run a command line in a persistent shell."""
+        live = self._session(request.session, client)
+        try:
+            return await run_in_shell(live, live.shells[request.session], request)
+        except CellGone:
+            self._raise_if_contained(live)
+            raise
+
+    async def close_session(self, session: str, client: int) -> None:
+        """End a shell (and only it)."""
+        live = self._session(session, client)
+        shell = live.shells.pop(session)
+        self._sessions.pop(session, None)
+        for fd in (shell.child.stdin, shell.child.stdout, shell.child.stderr, *shell.child.extra):
+            if fd is not None:
+                os.close(fd)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(live.cell.wait(shell.child), 1.0)
+            return
+        await live.cell.signal(shell.child, 9)
+        await live.cell.wait(shell.child)
+
+    @staticmethod
+    def _raise_if_contained(live: LiveCell) -> None:
+        from vallum.core.errors import Contained
+
+        if live.contained:
+            raise Contained(live.contained)
+
+    async def read_file(self, request: wire.ReadFile, client: int) -> bytes:
+        """Read a file of a cell."""
+        return await self.get(request.sandbox, client).cell.read_file(request.path, user=request.user, limit_bytes=request.limit_bytes)
+
+    async def write_file(self, request: wire.WriteFile, client: int) -> None:
+        """Write a file of a cell; it is recorded as the node's own act."""
+        live = self.get(request.sandbox, client)
+        await live.cell.write_file(request.path, request.data, user=request.user, mode=request.mode)
+        live.emit(
+            FileWrite(
+                t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=live.scope(), attribution=BY_NODE, path=request.path,
+                bytes=len(request.data), sha256=sha256(request.data).hexdigest(), source="sdk",
+            )  # fmt: skip
+        )
+
+    # ------------------------------------------------------------------ reading
+
+    def events(self, request: wire.Events) -> tuple[list[bytes], int]:
+        """A page of a run's events as JSON lines, and where the next page starts (-1 at the end)."""
+        return read_page(self._places.runs, check_id(request.run, "the run id"), request.episode, request.start, min(max(request.limit, 1), 10000))
+
+    def status(self) -> wire.NodeStatus:
+        """What the node is doing."""
+        return wire.NodeStatus(version=__version__, pid=os.getpid(), cells=len(self._cells), clients=self.clients, tiers=self.tiers)
+
+    # ------------------------------------------------------------------ failing closed
+
+    def contain(self, live: LiveCell, reason: str) -> None:
+        """Kill a cell because it can no longer be judged or recorded."""
+        if live.contained or live.is_closing:
+            return
+        live.contained = reason
+        self._later(self._contain(live, reason, clock.mono_ns()))
+
+    async def _contain(self, live: LiveCell, reason: str, since_ns: int) -> None:
+        await self._end(live, "contained")
+        with contextlib.suppress(RecordError):
+            now = clock.mono_ns()
+            live.emit(
+                ContainmentAction(
+                    t_ns=clock.wall_ns(), mono_ns=now, scope=live.scope(), attribution=BY_NODE, action="kill_cell", target=live.id,
+                    reason=reason, latency_ns=now - since_ns,
+                )  # fmt: skip
+            )
+
+    def _go_blind(self, run: str, why: str) -> None:
+        for live in list(self._cells.values()):
+            if live.book.run == run:
+                self.contain(live, f"stopped because its record cannot be written: {why}")
+
+    def _lose_gateway(self, why: str) -> None:
+        for live in list(self._cells.values()):
+            self.contain(live, f"stopped because the gateway died ({why}), so nothing could judge its connections")
+        self._later(self._restart_gateway())
+
+    async def _restart_gateway(self) -> None:
+        try:
+            self.tiers.update(await self._door.start(self._lose_gateway))
+        except VallumError as error:
+            log.error("the gateway cannot be started again: %s", error)
+            self.is_broken.set()
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)

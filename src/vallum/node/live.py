@@ -1,0 +1,112 @@
+"""A live cell as the node knows it: whose it is, which steps it has, what runs in it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from vallum.core import clock
+from vallum.core.errors import InvalidInput
+from vallum.core.events import AnyEvent, StepClosed, StepOpened
+from vallum.core.limits import Limits
+from vallum.core.scope import BY_NODE, Attribution, Scope
+from vallum.node.recorder import RunBook
+from vallum.sandbox.base import Cell, Child
+
+
+@dataclass
+class Step:
+    """An agent's step in a cell."""
+
+    index: int
+    tool_call: str | None
+    opened_ns: int
+    is_block: bool
+    """Opened for several commands; closed by its opener."""
+    exit_code: int | None = None
+    is_open: bool = True
+
+
+@dataclass
+class Shell:
+    """A persistent shell."""
+
+    id: str
+    child: Child
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One command at a time."""
+
+
+class LiveCell:
+    """One cell, its book and its steps. Not safe for threads; the node has one loop."""
+
+    def __init__(self, cell: Cell, book: RunBook, episode: str, client: int, limits: Limits) -> None:
+        self.cell = cell
+        self.book = book
+        self.episode = episode
+        self.client = client
+        self.limits = limits
+        self.shells: dict[str, Shell] = {}
+        self.steps: dict[int, Step] = {}
+        self.contained: str | None = None
+        """Why containment ended it."""
+        self.is_closing = False
+
+    @property
+    def id(self) -> str:
+        """Id of the cell."""
+        return self.cell.id
+
+    def scope(self, step: int | None = None) -> Scope:
+        """Scope of the episode, or of one of its steps."""
+        tool_call = self.steps[step].tool_call if step in self.steps else None
+        return Scope(run=self.book.run, episode=self.episode, step=step, tool_call=tool_call)
+
+    def emit(self, event: AnyEvent) -> int:
+        """Append to the run's ledger."""
+        return self.book.emit(event)
+
+    async def open_step(self, cause: str, tool_call: str | None, *, is_block: bool = False) -> Step:
+        """Begin the next step; its record is written before anything runs in it."""
+        step = Step(index=len(self.steps), tool_call=tool_call, opened_ns=clock.mono_ns(), is_block=is_block)
+        self.steps[step.index] = step
+        cgroup_id = await self.cell.open_step(step.index)
+        self.emit(
+            StepOpened(t_ns=clock.wall_ns(), mono_ns=step.opened_ns, scope=self.scope(step.index), attribution=BY_NODE, cause=cause, cgroup_id=cgroup_id)
+        )
+        return step
+
+    async def enter_step(self, index: int | None, cause: str, tool_call: str | None) -> Step:
+        """The open step ``index``, or a new one when it is None.
+
+        Raises:
+            InvalidInput: there is no such step, or it is closed.
+        """
+        if index is None:
+            return await self.open_step(cause, tool_call)
+        step = self.steps.get(index)
+        if step is None or not step.is_open:
+            state = "is closed" if step else "does not exist"
+            raise InvalidInput(f"step {index} of cell {self.id} {state}: open one with `async with sb.step()`")
+        return step
+
+    def close_step(self, step: Step) -> None:
+        """End a step. What it left running stays charged to it."""
+        step.is_open = False
+        usage = self.cell.usage(step.index)
+        running = set(self.cell.pids(step.index)) - {shell.child.pid for shell in self.shells.values()}
+        now = clock.mono_ns()
+        counted = self.book.tally(self.episode).processes_by_step.get(step.index)
+        self.emit(
+            StepClosed(
+                t_ns=clock.wall_ns(), mono_ns=now, scope=self.scope(step.index), attribution=BY_NODE, duration_ns=now - step.opened_ns,
+                exit_code=step.exit_code, cpu_ns=usage.cpu_ns, memory_peak_bytes=usage.memory_peak_bytes, processes=counted, left_running=len(running),
+            )  # fmt: skip
+        )
+
+    def charge_pid(self, pid: int) -> tuple[Scope, Attribution]:
+        """Scope of a host process of this cell."""
+        step, method, confidence = self.cell.step_of_pid(pid)
+        if step is None:
+            return self.scope(), Attribution(method="netns", confidence=0.5)
+        return self.scope(step), Attribution(method="cgroup" if method == "cgroup" else "lineage", confidence=confidence)

@@ -1,0 +1,165 @@
+"""Every fact of every run goes through here: appended first, then judged, then counted.
+
+Fails closed: when a ledger cannot append, the run's owner is told once (``on_blind``) and every
+further ``emit`` raises, so nothing can go on unrecorded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vallum.core import clock
+from vallum.core.errors import RecordError
+from vallum.core.events import (
+    AnyEvent,
+    DnsQuery,
+    Finding,
+    Flow,
+    PacketDropped,
+    ProcessStarted,
+    Record,
+    RunEnded,
+    StepOpened,
+)
+from vallum.core.scope import BY_NODE, Scope
+from vallum.detectors.bank import DetectorBank
+from vallum.record.ledger import Ledger
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Tally:
+    """Counts of one episode, for the summary at its end."""
+
+    steps: int = 0
+    processes: int = 0
+    denied: int = 0
+    findings: int = 0
+    bytes_out: int = 0
+    bytes_in: int = 0
+    processes_by_step: dict[int, int] = field(default_factory=dict)
+
+    def take(self, event: AnyEvent) -> None:
+        """Count one event."""
+        if isinstance(event, StepOpened):
+            self.steps += 1
+        elif isinstance(event, ProcessStarted):
+            self.processes += 1
+            if event.scope.step is not None:
+                self.processes_by_step[event.scope.step] = self.processes_by_step.get(event.scope.step, 0) + 1
+        elif isinstance(event, Flow):
+            if event.state == "denied":
+                self.denied += 1
+            elif event.state == "closed":
+                self.bytes_out += event.bytes_out
+                self.bytes_in += event.bytes_in
+        elif isinstance(event, DnsQuery | PacketDropped):
+            self.denied += event.verdict == "deny"
+        elif isinstance(event, Finding):
+            self.findings += 1
+
+
+class RunBook:
+    """One run: its ledger, its detectors and its counts."""
+
+    def __init__(self, run: str, ledger: Ledger, on_blind: Callable[[str, str], None]) -> None:
+        self.run = run
+        self.ledger = ledger
+        self.holders: set[int] = set()
+        """Clients that used the run and are still connected."""
+        self.exit_code: int | None = None
+        self.episodes = 0
+        self._bank = DetectorBank()
+        self._tallies: dict[str, Tally] = {}
+        self._on_blind = on_blind
+        self._blind = False
+
+    def emit(self, event: AnyEvent) -> int:
+        """Append, then let the detectors see it; their findings are appended too.
+
+        Raises:
+            RecordError: it could not be appended.
+        """
+        try:
+            number = self.ledger.append(event)
+        except RecordError as error:
+            if not self._blind:
+                self._blind = True
+                self._on_blind(self.run, str(error))
+            raise
+        self._count(event)
+        if not isinstance(event, Finding):
+            for finding in self._bank.observe(Record(id=number, event=event)):
+                self.emit(finding)
+        return number
+
+    def tally(self, episode: str) -> Tally:
+        """Counts of one episode."""
+        return self._tallies.setdefault(episode, Tally())
+
+    def _count(self, event: AnyEvent) -> None:
+        if event.scope.episode is not None:
+            self.tally(event.scope.episode).take(event)
+
+
+class Recorder:
+    """The ledgers of the node."""
+
+    def __init__(self, runs_dir: Path, on_blind: Callable[[str, str], None]) -> None:
+        self._runs_dir = runs_dir
+        self._on_blind = on_blind
+        self._books: dict[str, RunBook] = {}
+
+    def open(self, run: str) -> tuple[RunBook, bool]:
+        """The book of ``run`` and whether it is new to this node.
+
+        Raises:
+            RecordError: its ledger cannot be opened.
+        """
+        book = self._books.get(run)
+        if book is not None:
+            return book, False
+        if (self._runs_dir / run).exists():
+            ledger = Ledger.open(self._runs_dir, run)
+        else:
+            ledger = Ledger.create(self._runs_dir, run)
+        book = self._books[run] = RunBook(run, ledger, self._on_blind)
+        return book, True
+
+    def get(self, run: str) -> RunBook | None:
+        """The open book of ``run``."""
+        return self._books.get(run)
+
+    def emit(self, event: AnyEvent) -> int:
+        """Append to the run that the event's scope names.
+
+        Raises:
+            RecordError: that run is not open here, or cannot be appended to.
+        """
+        book = self._books.get(event.scope.run)
+        if book is None:
+            raise RecordError(f"run {event.scope.run} is not open in this node, so nothing can be recorded of it")
+        return book.emit(event)
+
+    def close(self, run: str, outcome: str) -> None:
+        """End a run: its last record, flushed to the disk."""
+        book = self._books.pop(run, None)
+        if book is None:
+            return
+        try:
+            book.emit(
+                RunEnded(t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=Scope(run=run), attribution=BY_NODE, outcome=outcome, exit_code=book.exit_code)
+            )
+        except RecordError as error:
+            log.error("run %s has no last record: %s", run, error)
+        finally:
+            book.ledger.close()
+
+    def close_all(self, outcome: str) -> None:
+        """End every run."""
+        for run in list(self._books):
+            self.close(run, outcome)

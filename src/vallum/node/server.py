@@ -1,0 +1,211 @@
+"""The node's socket: clients in, requests to the house, answers out. A client's end ends its cells."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from vallum.client import wire
+from vallum.core.errors import GuestFileError, InvalidInput, NodeError, StepTimeout, VallumError
+from vallum.node.commands import CommandRunner
+from vallum.node.house import House
+from vallum.version import __version__
+
+log = logging.getLogger(__name__)
+
+STREAM_HIGH_WATER_BYTES = 1024 * 1024
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, number: int, house: House, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: Callable[[], None]) -> None:
+        self.number = number
+        self._house = house
+        self._reader = reader
+        self._writer = writer
+        self._stop = stop
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._execs: dict[int, CommandRunner] = {}
+
+    async def serve(self) -> None:
+        """Answer requests until the connection ends, then end what the client had."""
+        try:
+            while (body := await wire.read_frame(self._reader)) is not None:
+                self._take(wire.decode_request(body))
+        except (NodeError, msgspec.MsgspecError) as error:
+            log.warning("client %d sent something unreadable: %s", self.number, error)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._house.forget_client(self.number)
+            self._writer.close()
+
+    def _take(self, request: wire.AnyRequest) -> None:
+        # These act on what runs already, in the order in which they came.
+        if isinstance(request, wire.Signal | wire.Cancel | wire.Resize):
+            self._control(request)
+            return
+        if isinstance(request, wire.Input):
+            runner = self._execs.get(request.to)
+            feed = runner.push(request.data, eof=request.eof) if runner is not None else None
+            self._spawn(self._answer_input(request.seq, feed.wait_for_room() if feed is not None else None))
+            return
+        if isinstance(request, wire.Exec):
+            live = self._house.find(request.sandbox, self.number)
+            if live is not None:
+                self._execs[request.seq] = CommandRunner(live, request, self._relay(request.seq) if request.stream else None)
+        self._spawn(self._answer(request))
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer_input(self, seq: int, room: Awaitable[None] | None) -> None:
+        if room is not None:
+            await room
+        self._send(wire.Reply(seq=seq, result=wire.pack(None)))
+
+    def _control(self, request: wire.Signal | wire.Cancel | wire.Resize) -> None:
+        runner = self._execs.get(request.to)
+        if runner is None or runner.running is None:
+            return
+        running = runner.running
+        if isinstance(request, wire.Cancel):
+            running.cancelled.set()
+        elif isinstance(request, wire.Resize):
+            self._spawn(running.live.cell.resize(running.child, request.rows, request.columns))
+        elif 1 <= request.signum < signal.NSIG:
+            self._spawn(running.live.cell.signal(running.child, request.signum))
+
+    def _relay(self, seq: int) -> Callable[[str, bytes], Awaitable[None] | None]:
+        def relay(stream: str, data: bytes) -> Awaitable[None] | None:
+            self._send(wire.Output(seq=seq, stream="stdout" if stream == "stdout" else "stderr", data=data))
+            if self._writer.transport.get_write_buffer_size() > STREAM_HIGH_WATER_BYTES:
+                return self._drain()
+            return None
+
+        return relay
+
+    async def _drain(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            await self._writer.drain()
+
+    def _send(self, message: object) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(wire.frame(message))
+
+    async def _answer(self, request: wire.AnyRequest) -> None:
+        seq = request.seq
+        try:
+            result = await self._do(request)
+            self._send(wire.Reply(seq=seq, result=wire.pack(result)))
+        except VallumError as error:
+            partial = wire.pack(error.partial) if isinstance(error, StepTimeout) and error.partial else b""
+            errno_name = error.errno_name if isinstance(error, GuestFileError) else ""
+            self._send(wire.Failure(seq=seq, error=type(error).__name__, message=str(error), errno_name=errno_name, partial=partial))
+        except Exception as error:  # noqa: BLE001 - the boundary of a request: the client is told, the log has the trace, nothing was permitted by it
+            log.exception("request %s of client %d failed", type(request).__name__, self.number)
+            self._send(wire.Failure(seq=seq, error="NodeError", message=f"the node failed in {type(request).__name__}: {type(error).__name__}: {error}; see its log"))
+        finally:
+            self._execs.pop(seq, None)
+
+    async def _do(self, request: wire.AnyRequest) -> object:
+        house, me = self._house, self.number
+        match request:
+            case wire.Hello():
+                if request.protocol != wire.PROTOCOL:
+                    raise NodeError(f"the running node speaks protocol {wire.PROTOCOL}, this client {request.protocol}: end the other clients so that it stops")
+                return wire.Welcome(version=__version__, pid=os.getpid(), tiers=house.tiers)
+            case wire.Exec():
+                runner = self._execs.get(request.seq)
+                if runner is None:
+                    house.get(request.sandbox, me)
+                    raise NodeError(f"exec {request.seq} was lost")
+                return await house.run_command(runner, request.sandbox, me)
+            case wire.CreateSandbox():
+                return await house.create(request, me)
+            case wire.CloseSandbox():
+                return await house.close(request.sandbox, me, exit_code=request.exit_code)
+            case wire.OpenStep():
+                return (await house.get(request.sandbox, me).open_step("block", request.tool_call, is_block=True)).index
+            case wire.CloseStep():
+                return house.close_step(request, me)
+            case wire.OpenSession():
+                return await house.open_session(request, me)
+            case wire.SessionRun():
+                return await house.run_session(request, me)
+            case wire.CloseSession():
+                return await house.close_session(request.session, me)
+            case wire.ReadFile():
+                return await house.read_file(request, me)
+            case wire.WriteFile():
+                return await house.write_file(request, me)
+            case wire.Events():
+                return house.events(request)
+            case wire.Status():
+                return house.status()
+            case wire.Stop():
+                asyncio.get_running_loop().call_later(0.01, self._stop)
+                return None
+            case _:
+                raise InvalidInput(f"{type(request).__name__} is not a request that has an answer")
+
+
+class Server:
+    """Accepts clients of this owner until the last one has gone."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self._numbers = itertools.count(1)
+        self._clients: set[asyncio.Task[None]] = set()
+        self.is_over = asyncio.Event()
+        """Set when the last client has gone, or somebody asked the node to stop."""
+
+    async def listen(self, path: str) -> asyncio.Server:
+        """Serve on ``path``, made 0600 inside a 0700 directory."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108
+        previous = os.umask(0o177)
+        try:
+            return await asyncio.start_unix_server(self._accept, path, backlog=256, limit=2**20)
+        finally:
+            os.umask(previous)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sock: socket.socket = writer.get_extra_info("socket")
+        _pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != os.geteuid():
+            log.warning("refused a client of uid %d", uid)
+            writer.close()
+            return
+        client = Client(next(self._numbers), self._house, reader, writer, self.is_over.set)
+        task = asyncio.current_task()
+        assert task is not None
+        self._clients.add(task)
+        self._house.clients += 1
+        try:
+            await client.serve()
+        finally:
+            self._clients.discard(task)
+            self._house.clients -= 1
+            if not self._clients:
+                self.is_over.set()
+
+    async def drop_all(self) -> None:
+        """Disconnect every client and wait until its cells are gone."""
+        tasks = list(self._clients)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
