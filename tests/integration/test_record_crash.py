@@ -35,7 +35,7 @@ def write(seed):
     number = 0
     while True:
         number += 1
-        size = (17, 300, 9000, 400000)[(number * 7 + seed) % 13 % 4]
+        size = (17, 300, 9000, 60000)[(number * 7 + seed) % 13 % 4]
         event = ToolCall(t_ns=number, mono_ns=seed, scope=Scope(run="r1"), attribution=BY_NODE, name="exec", arguments="a" * size)
         if number % 5 == 0:
             ids = ledger.append_many([event] * 3)
@@ -124,18 +124,20 @@ def test_kill_at_random_moments_loses_nothing_that_was_acknowledged(tmp_path: Pa
         mother.stdin.close()
         said.close()
 
-    Ledger.open(tmp_path, "r1").close()
-    result = verify(tmp_path / "r1")
-    assert result.closed
+    check_what_is_there(tmp_path, acknowledged)
+
+
+def check_what_is_there(runs: Path, acknowledged: dict[int, int]) -> None:
+    Ledger.open(runs, "r1").close()
+    assert verify(runs / "r1").closed
     found: dict[int, int] = {}
     notes = 0
-    for record in read_records(tmp_path / "r1"):
+    for record in read_records(runs / "r1"):
         if isinstance(record.event, ToolCall):
             found[record.id] = record.event.mono_ns
         elif isinstance(record.event, LedgerNote):
             notes += 1
     assert len(acknowledged) > ROUNDS
     assert {number: found.get(number) for number in acknowledged} == acknowledged
-    torn = [entry for entry in (tmp_path / "r1").iterdir() if entry.name.startswith("torn-")]
-    assert notes == len(torn)
-    assert len(torn) >= ROUNDS // 4 - 2
+    torn = [entry for entry in (runs / "r1").iterdir() if entry.name.startswith("torn-")]
+    assert notes == len(torn) > 2
