@@ -1,0 +1,392 @@
+"""Which processes start and end in a cell, from the kernel's proc connector.
+
+Fork events carry membership from a cell's PID 1 to everything that descends from it, so that events of the
+rest of the machine cost one dictionary lookup. The step comes from the process's cgroup (the node's hook);
+who its parent is serves only when the process was gone before its cgroup could be read.
+
+Covered: double forks and ``setsid``; CLONE_PARENT (reported under PID 1); an exec from a thread that is not the
+leader; a leader that ends before its threads; numbers that are used again; bursts that overflow the socket (counted,
+said in a SensorStatus, and members found again through the cell's pid namespace).
+Not covered: a process that starts and ends within some tens of microseconds leaves ``exe`` empty; a fork without an exec
+is followed but is no event of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import struct
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vallum.core.clock import mono_ns, wall_ns
+from vallum.core.errors import ControlMissing, RecordError
+from vallum.core.events import AnyEvent, Process, ProcessExited, ProcessStarted, SensorStatus
+from vallum.core.scope import BY_NODE, Attribution, Scope
+from vallum.sensors import netlink, procfs
+from vallum.sensors.base import Hooks
+from vallum.sensors.proc_connector_priv import CN_IDX_PROC, close_connector, open_connector
+
+SENSOR = "proc_connector"
+_BATCH = 256
+"""Events taken per turn of the loop, so that a cell that forks in a loop does not starve the gateway."""
+_LINGER_S = 0.05
+_RECOVER_EVERY_S = 1.0
+_LINEAGE = 0.8
+"""Confidence of a step that is a live parent's: the parent may have been moved between fork and reading."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """A process was made."""
+
+    parent: int
+    child: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exec:
+    """A process became another program."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """The leader of a process ended; ``code`` and ``signal`` as wait(2) tells them."""
+
+    pid: int
+    code: int | None
+    signal: int | None
+
+
+ProcEvent = Fork | Exec | Exit
+
+
+def parse(data: bytes) -> list[ProcEvent]:
+    """Process events of one datagram; threads, acknowledgements and other kinds are left out.
+
+    Raises:
+        MalformedNetlinkError: lengths do not fit.
+    """
+    found: list[ProcEvent] = []
+    for message in netlink.split(data):
+        raw = message.payload
+        if len(raw) < 20 + 16:
+            raise netlink.MalformedNetlinkError(f"{len(raw)} bytes are too few for a process event")
+        index, _, _, _, length, _ = struct.unpack_from("=IIIIHH", raw)
+        if index != CN_IDX_PROC or length > len(raw) - 20:
+            raise netlink.MalformedNetlinkError("not a message of the proc connector")
+        event = _parse_event(raw[20 : 20 + length])
+        if event is not None:
+            found.append(event)
+    return found
+
+
+def _parse_event(raw: bytes) -> ProcEvent | None:
+    if len(raw) < 32:
+        raise netlink.MalformedNetlinkError(f"{len(raw)} bytes are too few for a process event")
+    what, _, _, first, second, third, fourth = struct.unpack_from("=IIQ4I", raw)
+    if what == 1:
+        return Fork(parent=second, child=fourth) if third == fourth else None
+    if what == 2:
+        return Exec(pid=second)
+    if what == 0x80000000:
+        if first != second:
+            return None
+        signal = third & 0x7F
+        return Exit(pid=second, code=None if signal else (third >> 8) & 0xFF, signal=signal or None)
+    return None
+
+
+@dataclass(slots=True)
+class _Member:
+    """What is remembered of a living process of a cell."""
+
+    cell: str
+    scope: Scope
+    attribution: Attribution
+    announced: bool = False
+    """Whether a ProcessStarted was given, so that only those end with a ProcessExited."""
+    ended: Exit | None = None
+    """The leader's end while its threads live on."""
+
+
+@dataclass(slots=True)
+class _Watched:
+    root: int
+    scope: Scope
+    uid_map: list[tuple[int, int, int]]
+    pids: set[int] = field(default_factory=set)
+
+
+class ProcConnector:
+    """The sensor. One a node; on the event loop; its methods return at once.
+
+    ``dropped`` counts the times the kernel said that events were lost, ``malformed`` datagrams that were not understood.
+    """
+
+    def __init__(self, hooks: Hooks) -> None:
+        self._hooks = hooks
+        self._socket: socket.socket | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._members: dict[int, _Member] = {}
+        self._cells: dict[str, _Watched] = {}
+        self._linger: asyncio.TimerHandle | None = None
+        self._recovery: asyncio.TimerHandle | None = None
+        self._recovered_at = float("-inf")
+        self.dropped = 0
+        self.malformed = 0
+
+    def start(self) -> None:
+        """Begin to listen on the running loop.
+
+        Raises:
+            ControlMissing: the kernel does not tell; use ``ProcPoll``.
+        """
+        self._socket = open_connector()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket, self._read)
+
+    def stop(self) -> None:
+        """Stop listening and forget every cell."""
+        for cell in list(self._cells):
+            self.unwatch(cell)
+        for timer in filter(None, (self._linger, self._recovery)):
+            timer.cancel()
+        self._linger = self._recovery = None
+        if self._socket is not None and self._loop is not None:
+            self._loop.remove_reader(self._socket)
+            close_connector(self._socket)
+            self._socket = None
+
+    def watch(self, root_pid: int, cell: str, scope: Scope) -> None:
+        """Follow what descends from ``root_pid``, the host pid of the cell's PID 1, and say so in a SensorStatus.
+
+        ``scope`` is the cell's (run and episode). PID 1 itself is ours and gives no events. Call it before the
+        first command; what runs already is found through the pid namespace.
+        """
+        watched = _Watched(root_pid, scope, procfs.read_uid_map(root_pid))
+        self._cells[cell] = watched
+        self._adopt(root_pid, cell, scope, BY_NODE)
+        self._find_members(cell, watched)
+        self._status(cell, "watching", "fork, exec and exit of every process")
+
+    def unwatch(self, cell: str) -> None:
+        """Forget the cell. Events of its processes that come later are nobody's."""
+        watched = self._cells.pop(cell, None)
+        for pid in watched.pids if watched else ():
+            self._members.pop(pid, None)
+
+    def drain(self) -> None:
+        """Take what the kernel has told so far: called when a step closes, so that its processes are counted."""
+        for _ in range(64):
+            if self._socket is None or not self._read():
+                return
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def _read(self) -> bool:
+        """Take at most a batch; whether there may be more."""
+        sock = self._socket
+        if sock is None:
+            return False
+        for _ in range(_BATCH):
+            try:
+                data, (port, _) = sock.recvfrom(65536)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    self._go_blind(error)
+                    return False
+                self.dropped += 1
+                self._recover_soon()
+                continue
+            if port != 0:
+                continue  # not the kernel
+            try:
+                events = parse(data)
+            except netlink.MalformedNetlinkError:
+                self.malformed += 1
+                continue
+            for event in events:
+                self._take(event)
+        return True
+
+    def _take(self, event: ProcEvent) -> None:
+        if isinstance(event, Fork):
+            parent = self._members.get(event.parent)
+            if (stale := self._members.get(event.child)) is not None:
+                # The number was free when the process was made: whatever it stood for has ended unseen.
+                self._end(Exit(event.child, None, None), stale)
+            if parent is not None:
+                self._fork(event, parent)
+        elif isinstance(event, Exec):
+            member = self._members.get(event.pid)
+            if member is not None:
+                self._exec(event.pid, member)
+        else:
+            member = self._members.get(event.pid)
+            if member is not None:
+                self._exit(event, member)
+
+    def _fork(self, event: Fork, parent: _Member) -> None:
+        cell = parent.cell
+        scope, attribution = self._hooks.scope_of_pid(cell, event.child)
+        if scope.step is None:
+            scope, attribution = self._hooks.scope_of_pid(cell, event.parent)
+            if scope.step is None:
+                scope = parent.scope
+            attribution = Attribution(method="lineage", confidence=_LINEAGE)
+        self._adopt(event.child, cell, scope, attribution)
+
+    def _exec(self, pid: int, member: _Member) -> None:
+        watched = self._cells[member.cell]
+        if pid == watched.root:
+            return
+        member.ended = None  # a thread that execs takes the place of a leader that has ended
+        seen = procfs.read_process(pid, watched.uid_map)  # first: argv is what perishes soonest
+        scope, attribution = self._hooks.scope_of_pid(member.cell, pid)
+        if scope.step is not None:
+            member.scope, member.attribution = scope, attribution
+        self._announce(pid, member, seen)
+
+    def _announce(self, pid: int, member: _Member, seen: procfs.Seen | None) -> None:
+        member.announced = True
+        self._emit(
+            member.cell,
+            ProcessStarted(
+                t_ns=wall_ns(),
+                mono_ns=mono_ns(),
+                scope=member.scope,
+                attribution=member.attribution,
+                process=seen.process if seen else Process(pid=pid, exe="", argv=[]),
+                ppid=seen.ppid if seen else 0,
+                sensor=SENSOR,
+            ),
+        )
+
+    def _exit(self, event: Exit, member: _Member) -> None:
+        if procfs.is_alive(event.pid):
+            member.ended = event
+            self._linger_soon()
+            return
+        self._end(event, member)
+
+    def _end(self, event: Exit, member: _Member) -> None:
+        self._forget(event.pid)
+        if member.announced:
+            self._emit(
+                member.cell,
+                ProcessExited(
+                    t_ns=wall_ns(),
+                    mono_ns=mono_ns(),
+                    scope=member.scope,
+                    attribution=member.attribution,
+                    pid=event.pid,
+                    exit_code=event.code,
+                    signal=event.signal,
+                    sensor=SENSOR,
+                ),
+            )
+
+    def _linger_soon(self) -> None:
+        if self._linger is None and self._loop is not None:
+            self._linger = self._loop.call_later(_LINGER_S, self._look_at_lingering)
+
+    def _look_at_lingering(self) -> None:
+        self._linger = None
+        waiting = [(member.ended, member) for member in self._members.values() if member.ended is not None]
+        for ended, member in waiting:
+            if not procfs.is_alive(ended.pid):
+                self._end(ended, member)
+            elif (stat := procfs.read_stat(ended.pid)) is not None and not stat.is_dead:
+                member.ended = None  # an exec gave the process a new leader
+            else:
+                self._linger_soon()
+
+    # -- membership ------------------------------------------------------------------------------
+
+    def _adopt(self, pid: int, cell: str, scope: Scope, attribution: Attribution) -> _Member:
+        member = self._members[pid] = _Member(cell, scope, attribution)
+        self._cells[cell].pids.add(pid)
+        return member
+
+    def _forget(self, pid: int) -> None:
+        member = self._members.pop(pid, None)
+        if member is not None and (watched := self._cells.get(member.cell)) is not None:
+            watched.pids.discard(pid)
+
+    def _find_members(self, cell: str, watched: _Watched) -> None:
+        """Adopt and announce what is in the cell's pid namespace and was not known."""
+        for pid in procfs.pids_of_namespace(watched.root) or ():
+            if pid in self._members or self._cells.get(cell) is not watched:
+                continue
+            scope, attribution = self._hooks.scope_of_pid(cell, pid)
+            member = self._adopt(pid, cell, scope, attribution)
+            if (seen := procfs.read_process(pid, watched.uid_map)) is not None:
+                self._announce(pid, member, seen)
+
+    def _recover_soon(self) -> None:
+        """Look again now, or, within a second of the last time, later: looking costs every process of the machine."""
+        if self._recovery is None and self._loop is not None:
+            wait_s = max(0.0, self._recovered_at + _RECOVER_EVERY_S - self._loop.time())
+            self._recovery = self._loop.call_later(wait_s, self._recover)
+
+    def _recover(self) -> None:
+        """Events were lost: end what is gone, find what is new, and say that something may have been missed."""
+        self._recovery = None
+        if self._loop is not None:
+            self._recovered_at = self._loop.time()
+        for cell, watched in list(self._cells.items()):
+            for pid in [p for p in watched.pids if p != watched.root and not procfs.is_alive(p)]:
+                if (member := self._members.get(pid)) is not None:
+                    self._end(Exit(pid, None, None), member)
+            self._find_members(cell, watched)
+            self._status(cell, "degraded", "the kernel dropped process events; living processes were found again")
+
+    def _go_blind(self, error: OSError) -> None:
+        if self._socket is not None and self._loop is not None:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+        for cell in list(self._cells):
+            self._status(cell, "blind", f"the kernel's process events ended: {error.strerror}")
+
+    # -- telling ---------------------------------------------------------------------------------
+
+    def _status(self, cell: str, state: Literal["watching", "degraded", "blind"], detail: str) -> None:
+        watched = self._cells.get(cell)
+        if watched is None:
+            return
+        self._emit(
+            cell,
+            SensorStatus(
+                t_ns=wall_ns(),
+                mono_ns=mono_ns(),
+                scope=watched.scope,
+                attribution=BY_NODE,
+                sensor=SENSOR,
+                state=state,
+                detail=detail,
+                dropped=self.dropped,
+            ),
+        )
+
+    def _emit(self, cell: str, event: AnyEvent) -> None:
+        try:
+            self._hooks.emit(event)
+        except RecordError as error:
+            self.unwatch(cell)
+            self._hooks.record_failed(cell, error)
+
+
+def probe() -> str:
+    """``enforced``, or ``degraded: why; remedy`` by having asked the kernel to tell."""
+    try:
+        close_connector(open_connector())
+    except ControlMissing as error:
+        return f"degraded: {error}; /proc is polled instead, and processes shorter than 100 ms are missed"
+    return "enforced"

@@ -1,0 +1,138 @@
+"""The socket of the kernel's proc connector: every fork, exec and exit of the machine, told as it happens.
+
+Raw privilege: the socket filter is given to the kernel as a pointer (ctypes).
+
+Covered: the kernel filters (BPF) all but a process's fork, exec or exit: threads cost nothing here.
+Not covered: a node outside the first user or pid namespace; the kernel does not answer there, and :func:`open_connector`
+says so. Kernels before 6.6 need CAP_NET_ADMIN.
+Source: include/uapi/linux/cn_proc.h, drivers/connector/cn_proc.c.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import select
+import socket
+import struct
+
+from vallum.core.errors import ControlMissing
+from vallum.sensors import netlink
+
+NETLINK_CONNECTOR = 11
+CN_IDX_PROC = CN_VAL_PROC = 1
+LISTEN, IGNORE = 1, 2
+SO_ATTACH_FILTER = 26
+SO_RCVBUFFORCE = 33
+RECEIVE_BUFFER_BYTES = 8 * 1024 * 1024
+"""Room for some 30,000 events while the node is busy with something else."""
+_ACK_WAIT_S = 0.5
+_CN_MSG = struct.Struct("=IIIIHH")
+
+# Offsets in a message: netlink header 16, cn_msg 20, then proc_event {what, cpu, timestamp, data}.
+_WHAT, _DATA = 36, 52
+_LD_ABS, _TAX, _JEQ_K, _JEQ_X, _RET = 0x20, 0x07, 0x15, 0x1D, 0x06
+
+
+class _Instruction(ctypes.Structure):
+    _fields_ = (("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32))
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("len", ctypes.c_uint16), ("filter", ctypes.POINTER(_Instruction)))
+
+
+def _attach_filter(sock: socket.socket) -> None:
+    """Accept acks, execs, and those forks and exits whose pid is its own thread group's: processes, not threads."""
+
+    def what(value: int) -> int:
+        return socket.htonl(value)  # BPF_LD turns words round; the kernel wrote them in host order
+
+    rows = [
+        (_LD_ABS, 0, 0, _WHAT),
+        (_JEQ_K, 11, 0, what(0)),  # ack: accept
+        (_JEQ_K, 10, 0, what(2)),  # exec: accept
+        (_JEQ_K, 5, 0, what(1)),  # fork: compare child_pid and child_tgid
+        (_JEQ_K, 0, 9, what(0x80000000)),  # exit: compare pid and tgid; anything else: reject
+        (_LD_ABS, 0, 0, _DATA),
+        (_TAX, 0, 0, 0),
+        (_LD_ABS, 0, 0, _DATA + 4),
+        (_JEQ_X, 4, 5, 0),
+        (_LD_ABS, 0, 0, _DATA + 8),
+        (_TAX, 0, 0, 0),
+        (_LD_ABS, 0, 0, _DATA + 12),
+        (_JEQ_X, 0, 1, 0),
+        (_RET, 0, 0, 0xFFFFFFFF),
+        (_RET, 0, 0, 0),
+    ]
+    code = (_Instruction * len(rows))(*(_Instruction(*row) for row in rows))
+    program = _Program(len(rows), code)
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, bytes(program))
+
+
+def _request(operation: int) -> bytes:
+    data = struct.pack("=I", operation)
+    message = _CN_MSG.pack(CN_IDX_PROC, CN_VAL_PROC, 0, 0, len(data), 0) + data
+    return netlink.make(netlink.NLMSG_DONE, 0, 0, message)
+
+
+def open_connector() -> socket.socket:
+    """A non-blocking socket on which the kernel has confirmed that it will tell.
+
+    Raises:
+        ControlMissing: this kernel or this place (a container's namespaces) does not tell; says which and the remedy.
+    """
+    try:
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, NETLINK_CONNECTOR)
+    except OSError as error:
+        raise ControlMissing(
+            f"the kernel offers no process events ({error.strerror}); use a kernel with CONFIG_PROC_EVENTS=y"
+        ) from error
+    try:
+        _attach_filter(sock)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER_BYTES)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        sock.bind((0, CN_IDX_PROC))
+        sock.send(_request(LISTEN))
+        sock.setblocking(False)
+        _await_ack(sock)
+    except OSError as error:
+        sock.close()
+        raise ControlMissing(
+            f"process events are refused ({error.strerror}); run the node as root, or use a kernel from 6.6 on"
+        ) from error
+    except ControlMissing:
+        sock.close()
+        raise
+    return sock
+
+
+def _await_ack(sock: socket.socket) -> None:
+    """Return when the kernel acknowledges. An event is as good: events flow only to listeners.
+
+    Raises:
+        ControlMissing: no answer, which is how the kernel refuses other namespaces than the first.
+        OSError: the kernel's refusal.
+    """
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    if not poll.poll(_ACK_WAIT_S * 1000):
+        raise ControlMissing(
+            "the kernel tells process events only to the machine's first user and pid namespace; "
+            "run the node there, not inside a container"
+        )
+    data = sock.recv(65536, socket.MSG_PEEK)
+    what, error = struct.unpack_from("=I", data, _WHAT)[0], struct.unpack_from("=I", data, _DATA)[0]
+    if what == 0 and error:
+        raise OSError(error, "acknowledged with an error")
+
+
+def close_connector(sock: socket.socket) -> None:
+    """Tell the kernel that we no longer listen, so that the machine does not pay for it, and close."""
+    try:
+        sock.send(_request(IGNORE))
+    except OSError:
+        pass  # the kernel also forgets a listener whose socket closes
+    finally:
+        sock.close()
