@@ -1,0 +1,43 @@
+"""``python -m vallum.gateway --control-fd N --uid U --gid G``: started by :class:`vallum.gateway.link.GatewayLink`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import encodings.idna  # noqa: F401 - loaded before the drop: afterwards this file tree may be unreadable
+import logging
+import signal
+import socket
+import sys
+
+import dns.rdata
+
+from vallum.core.errors import GatewayError
+from vallum.gateway.privilege_priv import close_other_descriptors, drop_privilege, raise_descriptor_limit
+from vallum.gateway.server import serve
+
+
+def main() -> int:
+    """Drop privilege, then serve. Exit code 0 when the node has gone, 125 when it could not start."""
+    parser = argparse.ArgumentParser(prog="vallum-gateway")
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--uid", type=int, required=True)
+    parser.add_argument("--gid", type=int, required=True)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="vallum-gateway: %(levelname)s %(message)s")
+    dns.rdata.load_all_types()  # type: ignore[no-untyped-call]
+    # Ctrl-C in the owner's terminal is for the node to handle, which then ends the gateway.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        close_other_descriptors({0, 1, 2, options.control_fd})
+        raise_descriptor_limit()
+        drop_privilege(options.uid, options.gid)
+    except GatewayError as error:
+        sys.stderr.write(f"vallum-gateway: {error}\n")
+        return error.exit_code
+    asyncio.run(serve(socket.socket(fileno=options.control_fd)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""One cell as the gateway sees it: its doors, rules, names and open flows; and how it asks the node about them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+import dns.rcode
+
+from vallum.core.clock import mono_ns, wall_ns
+from vallum.core.events import AnyEvent, DnsQuery, Process
+from vallum.core.scope import Attribution, Scope
+from vallum.core.verdict import Decision, fail_closed
+from vallum.gateway.dns import MAX_MESSAGE, Query, read_query, write_answer, write_failure, write_refusal
+from vallum.gateway.door import (
+    Datagram,
+    Endpoint,
+    endpoint,
+    prepare_datagrams,
+    receive_datagram,
+    send_datagram,
+    unpack_address,
+)
+from vallum.gateway.names import CellNames, HostResolver, LookupTemporarilyFailedError
+from vallum.rules.grants import Ruleset
+from vallum.rules.verdicts import judge_query
+
+MAX_FLOWS = 1024
+"""Flows of one cell at once; further connections wait in the kernel's queue."""
+MAX_QUERIES = 64
+"""DNS queries of one cell at once; further ones wait in the socket and are lost when it is full."""
+
+log = logging.getLogger(__name__)
+
+
+class NodeGoneError(Exception):
+    """The node did not answer, or said no. Whatever was waiting for it is denied."""
+
+
+class Owner:
+    """To whom a fact belongs, as the node said."""
+
+    def __init__(
+        self, scope: Scope, attribution: Attribution, process: Process | None, socket_step: int | None
+    ) -> None:
+        self.scope = scope
+        self.attribution = attribution
+        self.process = process
+        self.socket_step = socket_step
+
+
+class Node(Protocol):
+    """What a cell needs of the node."""
+
+    async def attribute(self, cell: str, protocol: str, src: Endpoint, dst: Endpoint) -> Owner:
+        """Raises NodeGoneError."""
+        ...
+
+    async def append(self, cell: str, event: AnyEvent) -> int:
+        """Id of the event once it is written. Raises NodeGoneError when it was not."""
+        ...
+
+
+class CutFlow(Protocol):
+    """A flow that is open."""
+
+    def rejudge(self) -> None:
+        """The rules have changed: end unless they still allow it."""
+        ...
+
+
+class GatewayCell:
+    """Serves the doors of one cell."""
+
+    def __init__(
+        self,
+        cell: str,
+        *,
+        run: str,
+        episode: str | None,
+        rules: Ruleset,
+        tcp: Sequence[socket.socket],
+        dns: Sequence[socket.socket],
+        node: Node,
+        resolver: HostResolver,
+        serve: Callable[[GatewayCell, socket.socket, Endpoint], Awaitable[None]],
+    ) -> None:
+        """``serve`` takes an accepted connection and its peer, and closes it."""
+        self.id = cell
+        self.run = run
+        self.episode = episode
+        self.rules = rules
+        self.node = node
+        self.names = CellNames(resolver)
+        self.flows: set[CutFlow] = set()
+        self._serve = serve
+        self._doors = [*tcp, *dns]
+        self._slots = asyncio.Semaphore(MAX_FLOWS)
+        self._queries = asyncio.Semaphore(MAX_QUERIES)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loops: list[asyncio.Task[None]] = []
+        for door in tcp:
+            door.setblocking(False)
+            self._loops.append(asyncio.create_task(self._accept(door)))
+        for door in dns:
+            prepare_datagrams(door)
+            self._loops.append(asyncio.create_task(self._receive(door)))
+
+    @property
+    def owner(self) -> Owner:
+        """The cell itself, for facts whose step the node could not tell."""
+        return Owner(Scope(run=self.run, episode=self.episode), Attribution(method="netns"), None, None)
+
+    def update_rules(self, rules: Ruleset) -> None:
+        """Judge by ``rules`` from now on, open flows too."""
+        self.rules = rules
+        for flow in list(self.flows):
+            flow.rejudge()
+
+    async def close(self) -> None:
+        """Close the doors, cut every flow, and return when each has said so to the record (at most 3 s)."""
+        for task in self._loops:
+            task.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        for door in self._doors:
+            door.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=3)
+
+    async def attribute(self, protocol: str, src: Endpoint, dst: Endpoint) -> Owner:
+        """Ask the node. Raises NodeGoneError, also when it names another run or episode."""
+        owner = await self.node.attribute(self.id, protocol, src, dst)
+        if (owner.scope.run, owner.scope.episode) != (self.run, self.episode):
+            raise NodeGoneError(f"the node charged a socket of {self.id} to another episode")
+        return owner
+
+    def _start(self, work: Awaitable[None], release: asyncio.Semaphore) -> None:
+        async def run() -> None:
+            await work
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            release.release()
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("serving cell %s failed", self.id, exc_info=error)
+
+        task.add_done_callback(ended)
+
+    async def _accept(self, door: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._slots.acquire()
+            try:
+                conn, peer = await loop.sock_accept(door)
+            except OSError as error:
+                # Out of descriptors, or a connection that has gone already: neither may end the loop.
+                self._slots.release()
+                log.warning("cell %s: accept: %s", self.id, error.strerror)
+                await asyncio.sleep(0.05)
+                continue
+            except asyncio.CancelledError:
+                self._slots.release()
+                raise
+            self._start(self._serve(self, conn, endpoint(peer)), self._slots)
+
+    async def _receive(self, door: socket.socket) -> None:
+        while True:
+            await self._queries.acquire()
+            try:
+                datagram = await _next_datagram(door)
+            except OSError:
+                # An ICMP error of an earlier answer.
+                self._queries.release()
+                await asyncio.sleep(0)
+                continue
+            except asyncio.CancelledError:
+                self._queries.release()
+                raise
+            if datagram is None:
+                self._queries.release()
+                continue
+            self._start(self._answer_datagram(door, datagram), self._queries)
+
+    async def _answer_datagram(self, door: socket.socket, datagram: Datagram) -> None:
+        data, peer, asked = datagram
+        answer = await self.answer_query(data, "udp", endpoint(peer), (unpack_address(asked), 53))
+        if answer is not None:
+            send_datagram(door, answer, peer, asked)
+
+    async def answer_query(self, wire: bytes, transport: str, src: Endpoint, dst: Endpoint) -> bytes | None:
+        """Judge, answer and record one DNS message. None: it is no query, and gets no answer."""
+        started_ns = mono_ns()
+        query = read_query(wire)
+        if query is None:
+            return None
+        if query.rcode != dns.rcode.NOERROR:
+            return write_failure(query, query.rcode)
+        answers: list[str] = []
+        try:
+            decision = judge_query(self.rules, query.qname, query.qtype)
+            decision_ns = mono_ns() - started_ns
+            attribution = asyncio.create_task(self.attribute(transport, src, dst))
+            try:
+                if decision.verdict == "allow":
+                    decision, answers, answer = await self._resolve(query, decision, udp=transport == "udp")
+                else:
+                    answer = write_refusal(query, decision)
+                owner = await attribution
+            finally:
+                attribution.cancel()
+            await self._record_query(query, decision, answers, transport, owner, decision_ns)
+        except NodeGoneError as error:
+            log.warning("cell %s: query refused: %s", self.id, error)
+            return write_failure(query, dns.rcode.SERVFAIL)
+        except Exception:  # a judge that failed denies, whatever it failed of
+            log.exception("cell %s: answering a query failed", self.id)
+            decision = fail_closed("the gateway's resolver")
+            with contextlib.suppress(NodeGoneError):
+                await self._record_query(query, decision, [], transport, self.owner, mono_ns() - started_ns)
+            return write_failure(query, dns.rcode.SERVFAIL)
+        return answer
+
+    async def _resolve(self, query: Query, decision: Decision, *, udp: bool) -> tuple[Decision, list[str], bytes]:
+        if not query.wants_addresses:
+            return decision, [], write_answer(query, [], exists=True, udp=udp)
+        name = query.qname.lower()
+        try:
+            found = await self.names.resolve(name, self.rules)
+        except LookupTemporarilyFailedError as error:
+            reason = f"{decision.reason}, but {error}"
+            failed = Decision(verdict=decision.verdict, rule=decision.rule, reason=reason)
+            return failed, [], write_failure(query, dns.rcode.SERVFAIL)
+        if not found.addresses and found.dropped:
+            return found.dropped[0], [], write_refusal(query, found.dropped[0])
+        family = [ip for ip in found.addresses if (":" in ip) == (query.qtype == "AAAA")]
+        return decision, family, write_answer(query, found.addresses, exists=found.exists, udp=udp)
+
+    async def _record_query(
+        self, query: Query, decision: Decision, answers: list[str], transport: str, owner: Owner, decision_ns: int
+    ) -> None:
+        event = DnsQuery(
+            t_ns=wall_ns(),
+            mono_ns=mono_ns(),
+            scope=owner.scope,
+            attribution=owner.attribution,
+            qname=query.qname,
+            qtype=query.qtype,
+            verdict=decision.verdict,
+            rule=decision.rule,
+            reason=decision.reason,
+            answers=answers,
+            transport="tcp" if transport == "tcp" else "udp",
+            process=owner.process,
+            decision_ns=decision_ns,
+        )
+        await self.node.append(self.id, event)
+
+
+async def _next_datagram(door: socket.socket) -> Datagram | None:
+    """Wait for a datagram. Raises OSError as the socket does."""
+    while True:
+        try:
+            return receive_datagram(door, MAX_MESSAGE + 1)
+        except BlockingIOError:
+            await _wait_readable(door)
+
+
+async def _wait_readable(door: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(door, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(door)

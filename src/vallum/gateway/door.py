@@ -1,0 +1,101 @@
+"""Facts that only the kernel can give about a connection or datagram that came through a door."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+from vallum.rules.addresses import canonical
+
+_SO_ORIGINAL_DST = 80  # netfilter_ipv4.h, ip6_tables.h: the same number for both
+_IP_PKTINFO = 8
+_IPV6_PKTINFO = 50
+_IPV6_RECVPKTINFO = 49
+_RST = struct.pack("ii", 1, 0)
+
+Endpoint = tuple[str, int]
+
+
+def endpoint(address: tuple[object, ...]) -> Endpoint:
+    """(canonical address, port) of a socket address of either family."""
+    return str(canonical(str(address[0]))), int(str(address[1]))
+
+
+def original_destination(conn: socket.socket) -> Endpoint | None:
+    """Where the guest wanted to go. None: to the listener itself, so it was not led here by the cell's redirect."""
+    try:
+        if conn.family == socket.AF_INET6:
+            raw = conn.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28)
+            port, host = struct.unpack_from("!2xH4x16s", raw)
+            wanted = endpoint((socket.inet_ntop(socket.AF_INET6, host), port))
+        else:
+            raw = conn.getsockopt(socket.IPPROTO_IP, _SO_ORIGINAL_DST, 16)
+            port, host = struct.unpack_from("!2xH4s", raw)
+            wanted = endpoint((socket.inet_ntop(socket.AF_INET, host), port))
+    except OSError:
+        return None
+    return None if wanted == endpoint(conn.getsockname()) else wanted
+
+
+def reset(conn: socket.socket) -> None:
+    """Close with RST, so that the guest fails at once."""
+    try:
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST)
+    except OSError:
+        pass  # the guest was faster
+    finally:
+        conn.close()
+
+
+def keep_alive(conn: socket.socket) -> None:
+    """Notice a dead peer in about two minutes."""
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+    conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def prepare_datagrams(door: socket.socket) -> None:
+    """Have the kernel say which address each datagram was sent to: the answer must come from there."""
+    door.setblocking(False)
+    if door.family == socket.AF_INET6:
+        door.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+    else:
+        door.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+
+
+Datagram = tuple[bytes, tuple[object, ...], bytes]
+"""Payload, the guest's address, the address that it was sent to (packed)."""
+
+
+def receive_datagram(door: socket.socket, limit: int) -> Datagram | None:
+    """The next datagram; None when its destination is unknown.
+
+    Raises:
+        BlockingIOError: there is none.
+    """
+    data, ancillary, _, peer = door.recvmsg(limit, socket.CMSG_SPACE(20))
+    for level, kind, value in ancillary:
+        if level == socket.IPPROTO_IP and kind == _IP_PKTINFO and len(value) >= 12:
+            return data, peer, value[8:12]
+        if level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO and len(value) >= 20:
+            return data, peer, value[:16]
+    return None
+
+
+def send_datagram(door: socket.socket, data: bytes, peer: tuple[object, ...], source: bytes) -> None:
+    """Answer from the address that was asked. What cannot be sent is lost, as datagrams are."""
+    if len(source) == 4:
+        info = (socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("=i4s4s", 0, source, bytes(4)))
+    else:
+        info = (socket.IPPROTO_IPV6, _IPV6_PKTINFO, source + struct.pack("=i", 0))
+    try:
+        door.sendmsg([data], [info], 0, peer)
+    except OSError:
+        return
+
+
+def unpack_address(raw: bytes) -> str:
+    """Text of a packed address."""
+    return str(canonical(socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)))

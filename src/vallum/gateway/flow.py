@@ -1,0 +1,355 @@
+"""The life of one TCP connection of a guest: whose is it, where to, what is it, may it, then relayed and counted.
+
+Covered: nothing of the guest leaves before the first bytes are identified, the rules have said allow and the record
+has acknowledged ``opened``; a refusal is recorded before it is given. Not covered: a server that speaks first is
+connected to before the guest's bytes are known (they are still held back), where the grant admits that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import struct
+from typing import Literal
+
+import msgspec
+
+from vallum.core.clock import mono_ns, wall_ns
+from vallum.core.events import Flow, Protocol
+from vallum.core.text import keep, show
+from vallum.core.verdict import Decision, fail_closed
+from vallum.gateway.cell import GatewayCell, NodeGoneError, Owner
+from vallum.gateway.door import Endpoint, endpoint, keep_alive, original_destination, reset
+from vallum.gateway.http1 import Http1Watch, RefusedError
+from vallum.gateway.names import Pinned
+from vallum.gateway.own import is_own
+from vallum.gateway.relay import Counters, Guard, HoldingGuard, OpenGuard, UnknownGuard, relay
+from vallum.gateway.sniff import MAX_BYTES, Sniffed, Sniffer
+from vallum.rules.verdicts import FlowFacts, admits_server_first, judge_flow, may_connect
+
+EVIDENCE_GRACE_S = 0.005
+"""How long a refusal waits for the guest's first bytes: evidence, and how to phrase it."""
+SERVER_FIRST_GRACE_S = 0.2
+"""Silence of the guest after which the server may speak first, where a grant admits it."""
+SNIFF_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
+MAX_EVIDENCE_BYTES = 128
+_MAX_DNS_MESSAGES = 256
+
+log = logging.getLogger(__name__)
+
+
+async def serve_connection(cell: GatewayCell, conn: socket.socket, peer: Endpoint) -> None:
+    """Serve one accepted connection to its end, and close it."""
+    try:
+        conn.setblocking(False)
+        flow = GatewayFlow(cell, conn, peer)
+    except BaseException:
+        reset(conn)
+        raise
+    try:
+        await flow.serve()
+    except Exception:  # a judge that failed denies, whatever it failed of
+        log.exception("cell %s: a flow failed", cell.id)
+        with contextlib.suppress(NodeGoneError):
+            await flow.record("denied", fail_closed("the gateway"))
+    finally:
+        flow.end()
+
+
+class GatewayFlow:
+    """One connection."""
+
+    def __init__(self, cell: GatewayCell, conn: socket.socket, peer: Endpoint) -> None:
+        self.cell = cell
+        self.conn = conn
+        self.peer = peer
+        self.id = secrets.token_hex(6)
+        self.accepted_ns = mono_ns()
+        self.decision_ns = 0
+        wanted = original_destination(conn)
+        self.is_led_here = wanted is not None
+        self.dst = wanted or endpoint(conn.getsockname())
+        self.pinned: Pinned = cell.names.pinned(self.dst[0])
+        self.facts = FlowFacts(
+            dst_ip=self.pinned.upstream,
+            dst_port=self.dst[1],
+            names=tuple(self.pinned.names.values()),
+            own=is_own(self.pinned.upstream),
+        )
+        self.seen = Sniffed("unknown")
+        self.head = b""
+        self.counters = Counters()
+        self.opened: Decision | None = None
+        self._owner = asyncio.create_task(cell.attribute("tcp", peer, self.dst))
+        self._server: socket.socket | None = None
+        self._cut: Decision | None = None
+        self._task = asyncio.current_task()
+
+    def end(self) -> None:
+        """Close what is still open, with RST."""
+        self._owner.cancel()
+        self.cell.flows.discard(self)
+        reset(self.conn)
+        if self._server is not None:
+            reset(self._server)
+
+    def rejudge(self) -> None:
+        """The rules have changed: cut it unless they still allow it."""
+        decision = judge_flow(self.cell.rules, self.facts)
+        if decision.verdict != "allow" and self._task is not None and self._cut is None:
+            self._cut = decision
+            self._task.cancel()
+
+    async def serve(self) -> None:
+        """From the first question to the last byte."""
+        if not self.is_led_here:
+            reason = "this is the gateway's own door, which only redirected connections may use"
+            await self._refuse(Decision(verdict="deny", rule="gateway-door", reason=reason))
+            return
+        if self.dst[1] == 53:
+            await self._serve_dns()
+            return
+        decision = may_connect(self.cell.rules, self.facts)
+        if decision.verdict != "allow":
+            self._decided()
+            await self._collect_evidence()
+            await self._refuse(decision)
+            return
+        sniffed, server_first = await self._sniff()
+        if server_first:
+            await self._open(decision, HoldingGuard(self._admit), b"")
+        elif not self.head:
+            self._decided()
+            silent = Decision(verdict="allow", rule=decision.rule, reason="the guest closed it before sending a byte")
+            await self.record("closed", silent)
+        else:
+            await self._judge_and_open(sniffed)
+
+    async def _judge_and_open(self, sniffed: Sniffed) -> None:
+        try:
+            guard = self._admit(sniffed)
+        except RefusedError as error:
+            self._decided()
+            await self._refuse(error.decision)
+            return
+        self._decided()
+        await self._open(judge_flow(self.cell.rules, self.facts), guard, self.head)
+
+    def _decided(self) -> None:
+        self.decision_ns = mono_ns() - self.accepted_ns
+
+    # -- what is it --------------------------------------------------------------------------------------
+
+    async def _sniff(self) -> tuple[Sniffed, bool]:
+        """What the guest's first bytes are; or that the server may speak first. ``self.head`` keeps the bytes."""
+        loop = asyncio.get_running_loop()
+        sniffer = Sniffer()
+        server_first = admits_server_first(self.cell.rules, self.facts)
+        deadline = loop.time() + SNIFF_TIMEOUT_S
+        try:
+            if server_first:
+                try:
+                    data = await asyncio.wait_for(loop.sock_recv(self.conn, MAX_BYTES), SERVER_FIRST_GRACE_S)
+                except TimeoutError:
+                    return self.seen, True
+            else:
+                data = await asyncio.wait_for(loop.sock_recv(self.conn, MAX_BYTES), SNIFF_TIMEOUT_S)
+            while data:
+                found = sniffer.feed(data)
+                self.head = bytes(sniffer.data)
+                if found is not None:
+                    return found, False
+                data = await asyncio.wait_for(loop.sock_recv(self.conn, MAX_BYTES), max(0.0, deadline - loop.time()))
+        except (TimeoutError, ConnectionError):
+            pass  # judged as it stands: unfinished
+        return sniffer.finish(), False
+
+    def _admit(self, sniffed: Sniffed) -> Guard:
+        """The guard for what the flow is. Raises RefusedError when the rules say no."""
+        self.seen = sniffed
+        self.facts = msgspec.structs.replace(
+            self.facts,
+            protocol=sniffed.protocol,
+            server_name=sniffed.server_name,
+            name_hidden=sniffed.name_hidden,
+            refused=sniffed.refused,
+        )
+        decision = judge_flow(self.cell.rules, self.facts)
+        if decision.verdict != "allow":
+            raise RefusedError(decision)
+        if sniffed.protocol == "http":
+            return Http1Watch(self._judge_host)
+        return UnknownGuard() if sniffed.protocol == "unknown" else OpenGuard()
+
+    def _judge_host(self, host: str | None) -> Decision:
+        return judge_flow(self.cell.rules, msgspec.structs.replace(self.facts, protocol="http", server_name=host))
+
+    # -- refused -----------------------------------------------------------------------------------------
+
+    async def _collect_evidence(self) -> None:
+        loop = asyncio.get_running_loop()
+        sniffer = Sniffer()
+        with contextlib.suppress(TimeoutError, OSError):
+            self.head = await asyncio.wait_for(loop.sock_recv(self.conn, MAX_BYTES), EVIDENCE_GRACE_S)
+        self.seen = (sniffer.feed(self.head) if self.head else None) or sniffer.finish()
+
+    async def _refuse(self, decision: Decision) -> None:
+        """Record it, then tell the guest: HTTP in words, everything else by a reset."""
+        await self.record("denied", decision)
+        if self.seen.protocol == "http" and not self.counters.bytes_in:
+            with contextlib.suppress(TimeoutError, OSError):
+                await asyncio.wait_for(self._answer_403(decision), 1.0)
+
+    async def _answer_403(self, decision: Decision) -> None:
+        loop = asyncio.get_running_loop()
+        body = f"vallum: blocked by rule {decision.rule}: {show(decision.reason, 400)}\n".encode()
+        head = (
+            "HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain; charset=utf-8\r\n"
+            f"X-Vallum-Rule: {show(decision.rule)}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        await loop.sock_sendall(self.conn, head.encode("ascii", "replace") + body)
+        self.conn.shutdown(socket.SHUT_WR)
+        # Bytes left unread would turn the close into a reset, and the guest might never see the answer.
+        drained = 0
+        while drained < 1 << 20 and (data := await loop.sock_recv(self.conn, 65536)):
+            drained += len(data)
+
+    # -- allowed -----------------------------------------------------------------------------------------
+
+    async def _open(self, decision: Decision, guard: Guard, head: bytes) -> None:
+        if not self.decision_ns:
+            self._decided()
+        try:
+            await self.record("opened", decision)
+        except NodeGoneError as error:
+            log.warning("cell %s: flow refused: %s", self.cell.id, error)
+            return
+        self.opened = decision
+        self.cell.flows.add(self)
+        final = decision
+        try:
+            again = judge_flow(self.cell.rules, self.facts)
+            if again.verdict != "allow":
+                raise RefusedError(again)  # the rules changed while it was being recorded
+            self._server = await self._connect()
+            keep_alive(self._server)
+            keep_alive(self.conn)
+            await relay(self.conn, self._server, guard, self.counters, head)
+            self._close_gently()
+        except RefusedError as error:
+            final = error.decision
+            self.head = error.evidence or self.head
+            await self._refuse(final)
+        except OSError as error:
+            reason = f"{decision.reason}; it ended with: {error.strerror or str(error) or 'timeout'}"
+            final = Decision(verdict=decision.verdict, rule=decision.rule, reason=reason)
+        except asyncio.CancelledError:
+            if self._cut is None:
+                self._cut = Decision(verdict=decision.verdict, rule=decision.rule, reason="the cell was closed")
+            final = self._cut
+            if final.verdict != "allow":
+                await self.record("denied", final)
+        finally:
+            self.cell.flows.discard(self)
+            with contextlib.suppress(NodeGoneError):
+                await self.record("closed", final)
+
+    def _close_gently(self) -> None:
+        """Both directions have ended properly: no reset."""
+        self.conn.close()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    async def _connect(self) -> socket.socket:
+        ip, port = self.pinned.upstream, self.dst[1]
+        family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+        server = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            await asyncio.wait_for(asyncio.get_running_loop().sock_connect(server, (ip, port)), CONNECT_TIMEOUT_S)
+        except BaseException:
+            server.close()
+            raise
+        return server
+
+    # -- DNS over TCP ------------------------------------------------------------------------------------
+
+    async def _serve_dns(self) -> None:
+        """Answer queries, whichever server was meant. What is no DNS is refused as a flow."""
+        for number in range(_MAX_DNS_MESSAGES):
+            try:
+                wire = await asyncio.wait_for(self._read_dns_message(), SNIFF_TIMEOUT_S)
+            except (TimeoutError, OSError, EOFError):
+                if number or not self.head:
+                    return
+                wire = b""
+            answer = await self.cell.answer_query(wire, "tcp", self.peer, self.dst) if wire else None
+            if answer is None:
+                self._decided()
+                self.seen = Sniffer().feed(self.head) or Sniffed("unknown")
+                reason = "port 53 is answered by the gateway, and this is no DNS query"
+                await self._refuse(Decision(verdict="deny", rule="protocol-mismatch", reason=reason))
+                return
+            self.head = b""
+            await asyncio.get_running_loop().sock_sendall(self.conn, struct.pack("!H", len(answer)) + answer)
+
+    async def _read_dns_message(self) -> bytes:
+        loop = asyncio.get_running_loop()
+        self.head = b""
+        wanted = 2
+        while len(self.head) < wanted:
+            data = await loop.sock_recv(self.conn, wanted - len(self.head))
+            if not data:
+                raise EOFError
+            self.head += data
+            if len(self.head) == 2:
+                wanted = 2 + struct.unpack("!H", self.head)[0]
+                if wanted > 2 + 4096:
+                    raise EOFError
+        return self.head[2:]
+
+    # -- recorded ----------------------------------------------------------------------------------------
+
+    async def record(self, state: Literal["opened", "closed", "denied"], decision: Decision) -> None:
+        """Append the flow's event and wait until it is written.
+
+        Raises:
+            NodeGoneError: it was not (for ``opened``: also when nobody can say whose it is).
+        """
+        try:
+            owner: Owner = await asyncio.shield(self._owner)
+        except (NodeGoneError, asyncio.CancelledError) as error:
+            if not self._owner.done() or state == "opened":
+                raise
+            # A refusal or an end is recorded even so, for the cell as a whole.
+            log.warning("cell %s: not attributed: %s", self.cell.id, error)
+            owner = self.cell.owner
+        names = self.pinned.names
+        host = self.seen.server_name or next(iter(names), None)
+        protocol: Protocol = self.seen.protocol
+        event = Flow(
+            t_ns=wall_ns(),
+            mono_ns=mono_ns(),
+            scope=owner.scope,
+            attribution=owner.attribution,
+            state=state,
+            flow=self.id,
+            verdict=decision.verdict,
+            rule=decision.rule,
+            reason=decision.reason,
+            dst_ip=self.dst[0],
+            dst_port=self.dst[1],
+            dst_host=host,
+            protocol=protocol,
+            bytes_out=self.counters.bytes_out,
+            bytes_in=self.counters.bytes_in,
+            process=owner.process,
+            decision_ns=self.decision_ns or mono_ns() - self.accepted_ns,
+            first_bytes=show(keep(self.head[:MAX_EVIDENCE_BYTES]), 4 * MAX_EVIDENCE_BYTES) if state == "denied" else "",
+            socket_step=owner.socket_step,
+        )
+        await self.cell.node.append(self.cell.id, event)

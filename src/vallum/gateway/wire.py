@@ -1,0 +1,241 @@
+"""What node and gateway say to each other, and the channel that carries it (with descriptors) over a Unix socket.
+
+Each side numbers its own requests; an answer carries the number of its request. Both sides bound and check what
+they read: the gateway reads hostile bytes for a living, so the node does not trust its frames either.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from vallum.core.events import AnyEvent, Process
+from vallum.core.scope import Attribution, Scope
+from vallum.rules.grants import Ruleset
+
+MAX_FRAME = 16 * 1024 * 1024
+MAX_DESCRIPTORS = 64
+_HEADER = struct.Struct("!IB")
+
+
+class Frame(msgspec.Struct, frozen=True, kw_only=True, tag_field="frame"):
+    """Fields of every frame."""
+
+    seq: int
+    """Number of the request, given by whoever asks."""
+
+
+class AddCell(Frame, frozen=True, tag="add_cell"):
+    """Node: serve these doors. Its descriptors are ``tcp`` listeners, then ``dns`` sockets."""
+
+    cell: str
+    run: str
+    episode: str | None
+    rules: Ruleset
+    tcp: int
+    dns: int
+
+
+class RemoveCell(Frame, frozen=True, tag="remove_cell"):
+    """Node: close the doors of a cell and cut its flows. Answered when their last events are recorded."""
+
+    cell: str
+
+
+class UpdateRules(Frame, frozen=True, tag="update_rules"):
+    """Node: judge by these from now on; flows that they deny are cut."""
+
+    cell: str
+    rules: Ruleset
+
+
+class Ping(Frame, frozen=True, tag="ping"):
+    """Node: are you there?"""
+
+
+class Attribute(Frame, frozen=True, tag="attribute"):
+    """Gateway: who opened this socket of the cell?"""
+
+    cell: str
+    protocol: str
+    src: tuple[str, int]
+    dst: tuple[str, int]
+
+
+class Append(Frame, frozen=True, tag="append"):
+    """Gateway: record this event of the cell."""
+
+    cell: str
+    event: AnyEvent
+
+
+class Done(Frame, frozen=True, tag="done"):
+    """Either: it is done. ``id`` is an appended event's number."""
+
+    id: int = 0
+
+
+class Attributed(Frame, frozen=True, tag="attributed"):
+    """Node: the answer to :class:`Attribute`."""
+
+    scope: Scope
+    attribution: Attribution
+    process: Process | None
+    socket_step: int | None
+
+
+class Failed(Frame, frozen=True, tag="failed"):
+    """Either: it was not done, and why in one sentence."""
+
+    error: str
+
+
+FromNode = AddCell | RemoveCell | UpdateRules | Ping | Attributed | Done | Failed
+FromGateway = Attribute | Append | Done | Failed
+
+
+class Channel:
+    """Frames over a connected Unix stream socket, non-blocking, with descriptors beside them."""
+
+    def __init__(
+        self, sock: socket.socket, on_frame: Callable[[bytes, list[int]], None], on_end: Callable[[str], None]
+    ) -> None:
+        """``on_frame`` owns the descriptors that it is given. ``on_end`` is called once, with the reason."""
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._on_frame = on_frame
+        self._on_end = on_end
+        self._encoder = msgspec.msgpack.Encoder()
+        self._in = bytearray()
+        self._in_fds: deque[int] = deque()
+        self._out: deque[tuple[memoryview, list[int]]] = deque()
+        self.is_open = True
+        self._loop.add_reader(sock, self._readable)
+
+    def send(self, frame: Frame, fds: Sequence[int] = ()) -> None:
+        """Queue a frame. The descriptors are duplicated by the kernel when it leaves; the copies kept are closed then."""
+        if not self.is_open:
+            return
+        body = self._encoder.encode(frame)
+        data = memoryview(_HEADER.pack(len(body), len(fds)) + body)
+        self._out.append((data, [os.dup(fd) for fd in fds]))
+        if len(self._out) == 1:
+            self._writable()
+
+    def close(self, reason: str = "closed") -> None:
+        """Close the socket and everything waiting."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        for fd in [*self._in_fds, *(fd for _, fds in self._out for fd in fds)]:
+            os.close(fd)
+        self._out.clear()
+        self._in_fds.clear()
+        self._on_end(reason)
+
+    def _writable(self) -> None:
+        while self._out:
+            data, fds = self._out[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                sent = self._sock.sendmsg([data], rights)
+            except BlockingIOError:
+                self._loop.add_writer(self._sock, self._writable)
+                return
+            except OSError as error:
+                self.close(f"cannot be written to ({error.strerror})")
+                return
+            for fd in fds:
+                os.close(fd)
+            if sent < len(data):
+                self._out[0] = (data[sent:], [])
+            else:
+                self._out.popleft()
+        self._loop.remove_writer(self._sock)
+
+    def _readable(self) -> None:
+        try:
+            data, fds, flags, _ = socket.recv_fds(self._sock, 256 * 1024, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(f"cannot be read from ({error.strerror})")
+            return
+        self._in_fds.extend(fds)
+        if flags & socket.MSG_CTRUNC:
+            self.close("more descriptors came than are allowed")
+            return
+        if not data:
+            self.close("the other side ended")
+            return
+        self._in += data
+        self._split()
+
+    def _split(self) -> None:
+        at = 0
+        while self.is_open and len(self._in) - at >= _HEADER.size:
+            length, count = _HEADER.unpack_from(self._in, at)
+            if length > MAX_FRAME or count > MAX_DESCRIPTORS:
+                self.close("a frame is larger than allowed")
+                return
+            end = at + _HEADER.size + length
+            if end > len(self._in):
+                break
+            if count > len(self._in_fds):
+                self.close("a frame came without its descriptors")
+                return
+            body = bytes(self._in[at + _HEADER.size : end])
+            at = end
+            self._on_frame(body, [self._in_fds.popleft() for _ in range(count)])
+        del self._in[:at]
+
+
+class Requests:
+    """Numbers requests and waits for their answers."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, asyncio.Future[Frame]] = {}
+        self._next = 0
+        self._ended: str | None = None
+
+    def open(self) -> tuple[int, asyncio.Future[Frame]]:
+        """A number for a new request, and the future of its answer.
+
+        Raises:
+            ConnectionError: the other side has gone.
+        """
+        if self._ended is not None:
+            raise ConnectionResetError(self._ended)
+        self._next += 1
+        future: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
+        self._waiting[self._next] = future
+        return self._next, future
+
+    def settle(self, frame: Frame) -> None:
+        """Give an answer to whoever waits for it. An answer that nobody waits for is ignored."""
+        future = self._waiting.pop(frame.seq, None)
+        if future is not None and not future.done():
+            future.set_result(frame)
+
+    def forget(self, seq: int) -> None:
+        """Wait no longer."""
+        self._waiting.pop(seq, None)
+
+    def end(self, reason: str) -> None:
+        """The other side has gone: everyone who waits gets ConnectionResetError."""
+        self._ended = reason
+        waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
+            if not future.done():
+                future.set_exception(ConnectionResetError(reason))

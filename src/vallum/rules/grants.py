@@ -1,0 +1,170 @@
+"""What a rule is: a grant or a denial of hosts or addresses, ports and protocols; and a set of them."""
+
+from __future__ import annotations
+
+import ipaddress
+from functools import lru_cache
+from typing import Literal, get_args
+
+import msgspec
+
+from vallum.core.errors import RuleError
+from vallum.core.events import Protocol
+from vallum.core.text import show
+from vallum.rules.addresses import Address, Network, forms
+from vallum.rules.names import encode_name, is_under
+
+Containment = Literal["locked", "standard", "research"]
+CONTAINMENTS: tuple[Containment, ...] = get_args(Containment)
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+DEFAULT_PORTS = (80, 443)
+_BY_PORT: dict[int, tuple[Protocol, ...]] = {443: ("tls",), 80: ("http",), 22: ("ssh",), 53: ("dns",)}
+_OTHER: tuple[Protocol, ...] = ("http", "tls", "unknown")
+
+
+@lru_cache(maxsize=4096)
+def _network(text: str) -> Network:
+    return ipaddress.ip_network(text)
+
+
+class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One ``[[allow]]`` or ``[[deny]]``. Exactly one of ``host`` and ``cidr`` is set."""
+
+    id: str
+    host: str | None = None
+    """A name, ``*.`` and a name (one or more labels before it, not the name itself), or ``*`` (any name)."""
+    cidr: str | None = None
+    """Network in its normal notation; one address is ``/32`` or ``/128``."""
+    ports: tuple[int, ...] | None = None
+    """None stands for every port; an empty tuple for none."""
+    protocols: tuple[Protocol, ...] | None = None
+    """None: by port for a grant (see :meth:`protocols_for`), every one for a denial."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it names one host."""
+        return self.host is not None and not self.host.startswith("*")
+
+    @property
+    def network(self) -> Network | None:
+        """The network of ``cidr``."""
+        return None if self.cidr is None else _network(self.cidr)
+
+    def matches_name(self, name: str) -> bool:
+        """Whether its host pattern covers a normalised name."""
+        if self.host is None:
+            return False
+        if self.host.startswith("*."):
+            return is_under(name, self.host[2:])
+        return self.host in {"*", name}
+
+    def matches_address(self, address: Address) -> bool:
+        """Whether its network holds the address as written."""
+        network = self.network
+        return network is not None and address.version == network.version and address in network
+
+    def matches_any_form(self, address: Address) -> bool:
+        """Whether its network holds the address or one that it carries inside. For denials."""
+        return any(self.matches_address(form) for form in forms(address))
+
+    def matches_port(self, port: int) -> bool:
+        """Whether the port is named."""
+        return self.ports is None or port in self.ports
+
+    def protocols_for(self, port: int) -> tuple[Protocol, ...]:
+        """What a grant admits on ``port``: as written, else tls on 443, http on 80, ssh on 22, dns on 53,
+        and http, tls or unknown elsewhere."""
+        if self.protocols is not None:
+            return self.protocols
+        return _BY_PORT.get(port, _OTHER)
+
+    def describe(self) -> str:
+        """The rule in one readable piece."""
+        ports = "any port" if self.ports is None else "port " + ",".join(map(str, self.ports))
+        protocols = "" if self.protocols is None else f" ({', '.join(self.protocols)})"
+        return f"{self.host or self.cidr} {ports}{protocols} [{self.id}]"
+
+
+class Ruleset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All rules of a cell. No ``allow`` means nothing, never everything; ``deny`` beats ``allow``."""
+
+    containment: Containment = "standard"
+    allow: tuple[Rule, ...] = ()
+    deny: tuple[Rule, ...] = ()
+
+    def describe(self) -> list[str]:
+        """Every rule, one readable line each."""
+        return [
+            *(f"deny {rule.describe()}" for rule in self.deny),
+            *(f"allow {rule.describe()}" for rule in self.allow),
+            "deny private, link-local, loopback and metadata addresses and the host's own, unless named exactly",
+            f"deny everything else [{'locked' if self.containment == 'locked' else 'default-deny'}]",
+        ]
+
+
+def parse_host(text: str) -> str | None:
+    """A host pattern in its normal form, or None: a name, ``*.name`` or ``*``."""
+    if text == "*":
+        return text
+    if text.startswith("*."):
+        parent = encode_name(text[2:])
+        return None if parent is None else f"*.{parent}"
+    return encode_name(text)
+
+
+def parse_cidr(text: str) -> str | None:
+    """A network in its normal form (IPv4-mapped IPv6 as IPv4), or None when it is none or has host bits set."""
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError:
+        return None
+    if isinstance(network, ipaddress.IPv6Network):
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None and network.prefixlen >= 96:
+            return str(ipaddress.ip_network((mapped, network.prefixlen - 96)))
+    return str(network)
+
+
+def _split_port(text: str) -> tuple[str, str | None]:
+    if text.startswith("["):
+        inner, closed, rest = text[1:].partition("]")
+        if closed and (not rest or rest.startswith(":")):
+            return inner, rest[1:] if rest else None
+        return text, None
+    if text.count(":") == 1:
+        target, _, port = text.partition(":")
+        return target, port
+    return text, None
+
+
+def parse_grant(text: str) -> Rule:
+    """A grant from ``HOST[:PORT]``: a name, ``*.name``, an IPv4 address or network, ``[v6]:port`` or a bare IPv6.
+
+    Without a port: 80 and 443.
+
+    Raises:
+        RuleError: it is none of these; says what is allowed.
+    """
+    target, port_text = _split_port(text.strip())
+    ports: tuple[int, ...] = DEFAULT_PORTS
+    if port_text is not None:
+        if not (port_text.isascii() and port_text.isdigit() and 1 <= int(port_text[:6]) <= 65535):
+            raise RuleError(f"the grant {show(text)!r} has no usable port: give HOST:PORT with a port from 1 to 65535")
+        ports = (int(port_text),)
+    cidr = parse_cidr(target)
+    host = None if cidr else parse_host(target)
+    if cidr is None and host is None:
+        raise RuleError(
+            f"the grant {show(text)!r} is not usable: give a host name, *.name, an address, [v6]:port or a network such as "
+            "10.1.2.0/24 (without host bits), each with an optional :PORT"
+        )
+    return Rule(id=name_rule("allow", host, cidr), host=host, cidr=cidr, ports=ports)
+
+
+def _bare(cidr: str | None) -> str:
+    return (cidr or "").removesuffix("/32").removesuffix("/128")
+
+
+def name_rule(verb: str, host: str | None, cidr: str | None) -> str:
+    """The id of a rule that was given none, e.g. ``allow:mirror.example``."""
+    return f"{verb}:{host or _bare(cidr)}"
