@@ -46,7 +46,7 @@ def parse_size(text: str) -> int:
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--rules", "rules_file", metavar="FILE", help="Rule file (TOML).")
 @click.option("--allow", multiple=True, metavar="HOST[:PORT]", help="Grant a host, *.wildcard, address or CIDR. Repeatable.")
-@click.option("--containment", type=click.Choice(["locked", "standard", "research"]), default="standard", show_default=True, help="How much is granted from the start.")
+@click.option("--containment", type=click.Choice(["locked", "standard", "research"]), help="How much is granted from the start [default: standard].")
 @click.option("--image", default="host", show_default=True, metavar="REF", help="host, or dir:PATH.")
 @click.option("--mount", "mounts", multiple=True, metavar="SRC:DST[:ro]", help="Show a host directory inside, copy-on-write: the host is never written. Repeatable.")
 @click.option("--work", metavar="DIR", help="Show DIR copy-on-write at /work and start there.")
@@ -62,7 +62,7 @@ def parse_size(text: str) -> int:
 @click.option("--quiet", "-q", is_flag=True, help="No summary.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
-def run(places: Places, command: tuple[str, ...], **options: Any) -> None:
+def run(places: Places, /, command: tuple[str, ...], **options: Any) -> None:
     """Contain any command: `vallum run -- CMD ARG...`.
 
     It runs in a fresh cell with a read-only view of this machine's programs, no way out but what is

@@ -108,7 +108,7 @@ class Node:
         self,
         image: str = "host",
         *,
-        containment: Containment = "standard",
+        containment: Containment | None = None,
         allow: Sequence[str] = (),
         rules: str | os.PathLike[str] | None = None,
         mounts: Sequence[str] = (),
@@ -125,7 +125,7 @@ class Node:
 
         Args:
             image: ``host`` (curated tree of this machine) or ``dir:/path``.
-            containment: ``locked`` (no network at all), ``standard`` (only what is granted), ``research``
+            containment: ``locked`` (no network at all), ``standard`` (only what is granted; the default), ``research``
                 (any public host over HTTP and TLS).
             allow: grants ``HOST[:PORT]``, ``*.HOST[:PORT]``, ``ADDRESS[:PORT]`` or ``CIDR[:PORT]``.
             rules: rule file (TOML).
@@ -153,12 +153,13 @@ class Node:
     async def events(self, *, run: str, episode: str | None = None) -> list[EventView]:
         """Every recorded event of a run (or of one episode of it), oldest first."""
         found: list[EventView] = []
-        start = 0
+        start: wire.Cursor | None = None
         while True:
-            request = wire.Events(seq=self.connection.next_seq(), run=run, episode=episode, start=start, limit=5000)
-            lines, start = await self.connection.call(request, tuple[list[bytes], int])
-            found += [EventView(view(line)) for line in lines]
-            if start < 0:
+            request = wire.Events(seq=self.connection.next_seq(), run=run, episode=episode, start=start, limit=10_000)
+            page = await self.connection.call(request, wire.EventPage)
+            found += [EventView(view(line)) for line in page.lines]
+            start = page.next
+            if start is None:
                 return found
 
     async def status(self) -> wire.NodeStatus:

@@ -41,7 +41,8 @@ class CreateSandbox(Request, frozen=True, tag="sandbox.create"):
     """Build a cell. Answer: :class:`SandboxMade`."""
 
     image: str
-    containment: str
+    containment: str | None
+    """None: what the rule file says, else ``standard``."""
     allow: list[str]
     rules: str | None
     """Text of a rule file."""
@@ -174,12 +175,16 @@ class WriteFile(Request, frozen=True, tag="file.write"):
     mode: int
 
 
+Cursor = tuple[int, int, bytes]
+"""A place between two records of a ledger: byte offset, number of records before it, hash of the last of them."""
+
+
 class Events(Request, frozen=True, tag="events"):
-    """Answer: list of JSON lines (bytes), oldest first, of at most ``limit`` events from id ``start``."""
+    """Answer: :class:`EventPage`."""
 
     run: str
     episode: str | None
-    start: int
+    start: Cursor | None
     limit: int
 
 
@@ -275,6 +280,15 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     tiers: dict[str, str]
 
 
+class EventPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Some events of a run."""
+
+    lines: list[bytes]
+    """JSON, oldest first, each with its ``id``."""
+    next: Cursor | None
+    """Where the next page starts; None at the end."""
+
+
 class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply", tag_field="m"):
     """The answer to request ``seq``: msgpack of its result."""
 
@@ -327,12 +341,14 @@ def decode_request(body: bytes) -> AnyRequest:
     Raises:
         msgspec.MsgspecError: not a request of this protocol.
     """
-    return _requests.decode(body)
+    request: AnyRequest = _requests.decode(body)
+    return request
 
 
 def decode_message(body: bytes) -> AnyMessage:
     """What the node sent in one frame."""
-    return _messages.decode(body)
+    message: AnyMessage = _messages.decode(body)
+    return message
 
 
 async def read_frame(reader: asyncio.StreamReader) -> bytes | None:

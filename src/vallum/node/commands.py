@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from vallum.client import wire
 from vallum.core import clock
@@ -44,6 +45,11 @@ def sentence(error: VallumError) -> bytes:
     return f"vallum: {error}\n".encode()
 
 
+async def first_of(one: asyncio.Future[Any], other: asyncio.Future[Any], timeout_s: float | None) -> None:
+    """Return when either is done, or the time is up."""
+    await asyncio.wait([one, other], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+
+
 class CommandRunner:
     """Runs one ``exec`` request."""
 
@@ -74,7 +80,7 @@ class CommandRunner:
         """
         request, live = self._request, self._live
         step = await live.enter_step(request.step, "exec", request.tool_call)
-        arguments = {"argv": [keep(word) for word in request.argv], "cwd": request.cwd, "user": request.user}
+        arguments: dict[str, object] = {"argv": [keep(word) for word in request.argv], "cwd": request.cwd, "user": request.user}
         call = Call(live, step, "exec", arguments)
         command = Command(
             argv=request.argv, environ=request.environ or None, cwd=request.cwd, user=request.user,
@@ -136,7 +142,7 @@ async def wait_or_stop(running: Running, timeout_s: float | None, done: asyncio.
     ended = done or asyncio.ensure_future(live.cell.wait(child))
     cancelled = asyncio.ensure_future(running.cancelled.wait())
     try:
-        await asyncio.wait({ended, cancelled}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await first_of(ended, cancelled, timeout_s)
         if ended.done():
             return ended.result(), ""
         stopped = "cancelled" if cancelled.done() else "timeout"
@@ -261,13 +267,13 @@ async def _converse(live: LiveCell, shell: Shell, step: Step, call: Call, reques
     feed.write(make_script(request.command, nonce))
     gone = asyncio.ensure_future(status_pump.at_end.wait())
     try:
-        await asyncio.wait({said, gone}, timeout=request.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await first_of(said, gone, request.timeout_s)
         stopped = ""
         if not said.done() and not gone.done():
             stopped = "timeout"
             await live.cell.signal(child, signal.SIGCONT)
             await live.cell.kill_step(step.index, spare=child)
-            await asyncio.wait({said, gone}, timeout=KILL_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+            await first_of(said, gone, KILL_WAIT_S)
         for pump in pumps:
             pump.drain()
     finally:

@@ -17,17 +17,17 @@ from hashlib import sha256
 from vallum.client import wire
 from vallum.client.places import Places
 from vallum.core import clock
-from vallum.core.errors import CellGone, ControlMissing, InvalidInput, RecordError, VallumError
+from vallum.core.errors import CellGone, Contained, ControlMissing, InvalidInput, RecordError, VallumError
 from vallum.core.events import ContainmentAction, EpisodeEnded, EpisodeStarted, FileWrite, RunStarted
 from vallum.core.limits import Limits
 from vallum.core.scope import BY_NODE, Scope, check_id, make_run_id
-from vallum.gateway.link import GatewayLink
 from vallum.node.commands import CommandRunner, open_shell, run_in_shell
 from vallum.node.door import Door
 from vallum.node.live import LiveCell
 from vallum.node.recorder import Recorder, RunBook
 from vallum.node.watch import Watch
-from vallum.rules.dial import build_ruleset
+from vallum.node.pages import read_page
+from vallum.rules.files import compose, parse_ruleset
 from vallum.sandbox.base import Backend, CellSpec, Image
 from vallum.sandbox.images.resolve import resolve, with_mounts
 from vallum.version import __version__
@@ -49,8 +49,8 @@ class House:
         self._sessions: dict[str, LiveCell] = {}
         self._default_runs: dict[int, str] = {}
         self._background: set[asyncio.Task[None]] = set()
-        self._watch = Watch(self._find_any)
-        self._door = Door(self._find_any)
+        self._watch = Watch(self._recorder, self._find_any, self.contain)
+        self._door = Door(self._watch.attribute, self._recorder.emit)
         self.tiers: dict[str, str] = {}
         self.clients = 0
         self.is_broken = asyncio.Event()
@@ -88,21 +88,22 @@ class House:
         backend = self._backends.get(request.level)
         if backend is None:
             raise InvalidInput(f"there is no isolation level {request.level!r}: use one of {', '.join(sorted(self._backends))}")
-        ruleset = build_ruleset(request.containment, request.allow, request.rules, request.rules_name)
+        own = parse_ruleset(request.rules, request.rules_name) if request.rules is not None else None
+        ruleset = compose(request.containment, own=own, allow=request.allow)
         image = self._image(request)
         limits = self._limits(request.limits)
-        book = self._book(request, client)
+        book = self._book(request, client, ruleset.containment)
         cell_id = f"c{secrets.token_hex(5)}"
         episode = request.episode or f"e{book.episodes}"
         book.episodes += 1
         cell = await backend.create(CellSpec(id=cell_id, image=image, limits=limits))
-        live = LiveCell(cell, book, episode, client, limits)
+        live = LiveCell(cell, book, episode, client, limits, self._watch)
         self._cells[cell_id] = live
         try:
             book.emit(
                 EpisodeStarted(
                     t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=live.scope(), attribution=BY_NODE, sandbox=cell_id, image=image.ref,
-                    image_digest=image.digest, level=request.level, containment=request.containment, rules=ruleset.describe(),
+                    image_digest=image.digest, level=request.level, containment=ruleset.containment, rules=ruleset.describe(),
                     limits={name: getattr(limits, name) for name in limits.__struct_fields__},
                 )  # fmt: skip
             )
@@ -130,7 +131,7 @@ class House:
                 raise ControlMissing(f"the limit {name} was asked for but cannot be enforced here: {self.tiers.get(control, 'missing: not built yet')}")
         return limits.with_defaults(can)
 
-    def _book(self, request: wire.CreateSandbox, client: int) -> RunBook:
+    def _book(self, request: wire.CreateSandbox, client: int, containment: str) -> RunBook:
         run = request.run or self._default_runs.get(client)
         if run is None:
             run = self._default_runs[client] = make_run_id()
@@ -140,7 +141,7 @@ class House:
             book.emit(
                 RunStarted(
                     t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=Scope(run=run), attribution=BY_NODE, command=request.command,
-                    containment=request.containment, version=__version__, host=platform.node(), kernel=platform.release(), tiers=self.tiers,
+                    containment=containment, version=__version__, host=platform.node(), kernel=platform.release(), tiers=self.tiers,
                 )  # fmt: skip
             )
         return book
@@ -266,8 +267,6 @@ class House:
 
     @staticmethod
     def _raise_if_contained(live: LiveCell) -> None:
-        from vallum.core.errors import Contained
-
         if live.contained:
             raise Contained(live.contained)
 
@@ -288,9 +287,10 @@ class House:
 
     # ------------------------------------------------------------------ reading
 
-    def events(self, request: wire.Events) -> tuple[list[bytes], int]:
-        """A page of a run's events as JSON lines, and where the next page starts (-1 at the end)."""
-        return read_page(self._places.runs, check_id(request.run, "the run id"), request.episode, request.start, min(max(request.limit, 1), 10000))
+    async def events(self, request: wire.Events) -> wire.EventPage:
+        """A page of a run's events. Reads and checks in a thread: a long ledger must not hold up the cells."""
+        directory = self._places.runs / check_id(request.run, "the run id")
+        return await asyncio.to_thread(read_page, directory, request.episode, request.start, min(max(request.limit, 1), 50_000))
 
     def status(self) -> wire.NodeStatus:
         """What the node is doing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from vallum.core import clock
 from vallum.core.errors import InvalidInput
@@ -37,10 +38,23 @@ class Shell:
     """One command at a time."""
 
 
+class StepWatcher(Protocol):
+    """Told of steps, so that sensors look at the right moments."""
+
+    def step_opened(self, live: LiveCell, step: int) -> None:
+        """A step has begun."""
+        ...
+
+    def step_closing(self, live: LiveCell, step: int) -> None:
+        """A step is about to be closed."""
+        ...
+
+
 class LiveCell:
     """One cell, its book and its steps. Not safe for threads; the node has one loop."""
 
-    def __init__(self, cell: Cell, book: RunBook, episode: str, client: int, limits: Limits) -> None:
+    def __init__(self, cell: Cell, book: RunBook, episode: str, client: int, limits: Limits, watcher: StepWatcher) -> None:
+        self._watcher = watcher
         self.cell = cell
         self.book = book
         self.episode = episode
@@ -74,6 +88,7 @@ class LiveCell:
         self.emit(
             StepOpened(t_ns=clock.wall_ns(), mono_ns=step.opened_ns, scope=self.scope(step.index), attribution=BY_NODE, cause=cause, cgroup_id=cgroup_id)
         )
+        self._watcher.step_opened(self, step.index)
         return step
 
     async def enter_step(self, index: int | None, cause: str, tool_call: str | None) -> Step:
@@ -93,6 +108,7 @@ class LiveCell:
     def close_step(self, step: Step) -> None:
         """End a step. What it left running stays charged to it."""
         step.is_open = False
+        self._watcher.step_closing(self, step.index)
         usage = self.cell.usage(step.index)
         running = set(self.cell.pids(step.index)) - {shell.child.pid for shell in self.shells.values()}
         now = clock.mono_ns()

@@ -145,6 +145,10 @@ class Recorder:
             raise RecordError(f"run {event.scope.run} is not open in this node, so nothing can be recorded of it")
         return book.emit(event)
 
+    def books(self) -> list[RunBook]:
+        """The runs that are open."""
+        return list(self._books.values())
+
     def close(self, run: str, outcome: str) -> None:
         """End a run: its last record, flushed to the disk."""
         book = self._books.pop(run, None)

@@ -141,19 +141,22 @@ class Client:
             case wire.OpenStep():
                 return (await house.get(request.sandbox, me).open_step("block", request.tool_call, is_block=True)).index
             case wire.CloseStep():
-                return house.close_step(request, me)
+                house.close_step(request, me)
+                return None
             case wire.OpenSession():
                 return await house.open_session(request, me)
             case wire.SessionRun():
                 return await house.run_session(request, me)
             case wire.CloseSession():
-                return await house.close_session(request.session, me)
+                await house.close_session(request.session, me)
+                return None
             case wire.ReadFile():
                 return await house.read_file(request, me)
             case wire.WriteFile():
-                return await house.write_file(request, me)
+                await house.write_file(request, me)
+                return None
             case wire.Events():
-                return house.events(request)
+                return await house.events(request)
             case wire.Status():
                 return house.status()
             case wire.Stop():

@@ -57,11 +57,9 @@ class Pump:
 
     def drain(self) -> None:
         """Take what is already in the pipe, without waiting for more."""
-        if self._fd is None:
-            return
         end = self._capture.total + LAST_DRAIN_BYTES
         before = -1
-        while self._fd is not None and before != self._capture.total < end:
+        while before != self._capture.total < end and not self.at_end.is_set():
             before = self._capture.total
             waiting = self._take()
             if waiting is not None:

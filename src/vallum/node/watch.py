@@ -1,0 +1,126 @@
+"""The sensors of the node's cells: which are on, what they are told, and what they may ask."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from vallum.core.errors import ControlMissing, RecordError
+from vallum.core.events import AnyEvent, Process
+from vallum.core.scope import Attribution, Scope
+from vallum.node.live import LiveCell
+from vallum.node.recorder import Recorder
+from vallum.sensors.attribution import SocketAttributor
+from vallum.sensors.nflog import NflogReader
+from vallum.sensors.proc_connector import ProcConnector
+from vallum.sensors.proc_poll import ProcPoll
+from vallum.sensors.resources import ResourceSampler
+
+log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Every sensor of the node. The sensors' hooks (``vallum.sensors.base.Hooks``) are its methods."""
+
+    def __init__(self, recorder: Recorder, find: Callable[[str], LiveCell | None], on_blind: Callable[[LiveCell, str], None]) -> None:
+        self._recorder = recorder
+        self._find = find
+        self._on_blind = on_blind
+        self._connector: ProcConnector | None = None
+        self._poll: ProcPoll | None = None
+        self._sockets = SocketAttributor()
+        self._resources = ResourceSampler(self)
+        self._packets: dict[str, NflogReader] = {}
+
+    def start(self) -> dict[str, str]:
+        """Turn on what this machine permits; says how good it is."""
+        connector = ProcConnector(self)
+        try:
+            connector.start()
+        except ControlMissing as error:
+            self._poll = ProcPoll(self, str(error))
+            return {"sensor.process": f"degraded: {error}; /proc is polled, and a process that lives less than 100 ms may be missed; run as root"}
+        self._connector = connector
+        return {"sensor.process": "enforced"}
+
+    def stop(self) -> None:
+        """Turn everything off."""
+        for sensor in (self._connector, self._poll, self._resources):
+            if sensor is not None:
+                sensor.stop()
+        for reader in self._packets.values():
+            reader.stop()
+        self._packets.clear()
+
+    def add(self, live: LiveCell) -> None:
+        """Watch a cell from before its first command."""
+        cell, scope = live.cell, live.scope()
+        self._sockets.watch(cell.id, cell, root_pid=cell.pid, diag=cell.doors.diag, scope_of_step=live.scope)
+        if self._connector is not None:
+            self._connector.watch(cell.pid, cell.id, scope)
+        if self._poll is not None:
+            self._poll.watch(cell.pid, cell.id, scope, cell.pids)
+        if cell.doors.packets is not None:
+            reader = self._packets[cell.id] = NflogReader(self, cell.id, cell.doors.packets, scope, self)
+            reader.start()
+        self._resources.watch(cell.id, cell.usage, live.scope)
+
+    def remove(self, live: LiveCell) -> None:
+        """Forget a cell, after taking what was still on its way."""
+        if self._connector is not None:
+            self._connector.drain()
+            self._connector.unwatch(live.id)
+        if self._poll is not None:
+            self._poll.unwatch(live.id)
+        reader = self._packets.pop(live.id, None)
+        if reader is not None:
+            reader.stop()
+        self._resources.unwatch(live.id)
+        self._sockets.unwatch(live.id)
+
+    def step_opened(self, live: LiveCell, step: int) -> None:
+        """A step has begun."""
+        if self._poll is not None:
+            self._poll.start_polling(live.id)
+        self._resources.open_step(live.id, step)
+
+    def step_closing(self, live: LiveCell, step: int) -> None:
+        """A step is about to be closed: what it did is told before."""
+        if self._connector is not None:
+            self._connector.drain()
+        if self._poll is not None:
+            self._poll.stop_polling(live.id)
+        self._resources.close_step(live.id, step)
+
+    # ------------------------------------------------------------------ asked by the gateway and the packet log
+
+    def attribute(
+        self, cell: str, *, protocol: str, src: tuple[str, int], dst: tuple[str, int]
+    ) -> tuple[Scope, Attribution, Process | None, int | None]:
+        """``vallum.core.ports.Attributor``."""
+        if self._poll is not None:
+            self._poll.sweep(cell)
+        return self._sockets.attribute(cell, protocol=protocol, src=src, dst=dst)
+
+    # ------------------------------------------------------------------ hooks of the sensors
+
+    def emit(self, event: AnyEvent) -> int:
+        """Append to the ledger of the run.
+
+        Raises:
+            RecordError: it cannot be written, or the run has ended.
+        """
+        return self._recorder.emit(event)
+
+    def scope_of_pid(self, cell: str, pid: int) -> tuple[Scope, Attribution]:
+        """Whose a host process is now."""
+        live = self._find(cell)
+        if live is None:
+            raise RecordError(f"cell {cell} has ended")
+        return live.charge_pid(pid)
+
+    def record_failed(self, cell: str, error: RecordError) -> None:
+        """A fact could not be written: the cell is ended, not watched on blindly."""
+        live = self._find(cell)
+        if live is not None:
+            self._on_blind(live, f"stopped because its record cannot be written: {error}")
