@@ -67,7 +67,8 @@ class V2Group:
 
     def enter_paths(self) -> list[str]:
         """See :class:`~vallum.sandbox.cgroup.base.CellGroup`."""
-        return [f"{self._path}/cgroup.procs", *(self._quotas.enter_paths() if self._quotas else [])]
+        procs = f"{self._path}/init/cgroup.procs" if self._settled else f"{self._path}/cgroup.procs"
+        return [procs, *(self._quotas.enter_paths() if self._quotas else [])]
 
     def delegate(self, uid: int) -> None:
         """See the contract."""
