@@ -129,7 +129,7 @@ def run_inside(argv: Sequence[str]) -> int:
 
 
 def _fork_far_side(ours: socket.socket, other: socket.socket) -> int:
-    """Fork the process that holds the far namespace and runs the fakes; return its pid."""
+    """Fork the process that holds the far namespace; its child runs the fakes. Return its pid."""
     parent = os.getpid()
     pid = os.fork()
     if pid:
@@ -139,22 +139,35 @@ def _fork_far_side(ours: socket.socket, other: socket.socket) -> int:
         other.close()
         namespaces_priv.die_with_parent(parent)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command; the world ends with it
-        namespaces_priv.unshare(namespaces_priv.NEWNET | namespaces_priv.NEWNS)
-        ours.sendall(b"apart\n")
-        _expect(ours, b"connected\n")
-        _configure(geography.FAR_SETUP)
-        Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").write_text("0", "ascii")
-        namespaces_priv.mount_tmpfs("/run")  # sshd wants a directory there, and its keys go with the namespace
-        tempfile.tempdir = "/run"
-        _unlock_login()
-        from vallum.arena.fakes_server import serve
-
-        serve(ours)
+        # the pid namespace takes sshd and its sessions along when this ends
+        namespaces_priv.unshare(namespaces_priv.NEWNET | namespaces_priv.NEWNS | namespaces_priv.NEWPID)
+        child = os.fork()
+        if child:
+            signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+            os.waitpid(child, 0)
+        else:
+            namespaces_priv.die_with_parent(0)  # a parent outside the pid namespace has the number 0
+            _be_far_side(ours)
         status = 0
     except VallumError as error:
         sys.stderr.write(f"vallum: {error}\n")
     finally:
         os._exit(status)
+
+
+def _be_far_side(sock: socket.socket) -> None:
+    """Lay the far end of the cable and run the fakes."""
+    namespaces_priv.mount_proc()
+    sock.sendall(b"apart\n")
+    _expect(sock, b"connected\n")
+    _configure(geography.FAR_SETUP)
+    Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").write_text("0", "ascii")
+    namespaces_priv.mount_tmpfs("/run")  # sshd wants a directory there, and its keys go with the namespace
+    tempfile.tempdir = "/run"
+    _unlock_login()
+    from vallum.arena.fakes_server import serve
+
+    serve(sock)
 
 
 def _unlock_login() -> None:
