@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from vallum.core.events import DnsQuery, EpisodeEnded, Flow, PacketDropped, Record
+from vallum.core.events import DnsQuery, EpisodeEnded, Event, Flow, PacketDropped, Record
 from vallum.core.text import show
 from vallum.core.verdict import Severity
 from vallum.detectors import hosts
@@ -36,8 +36,8 @@ class _Group:
 
     targets: Recent[Hashable, tuple[int, int]] = field(default_factory=lambda: Recent(_TARGETS))
 
-    def add(self, target: Hashable, now_ns: int, number: int, window_ns: int | None) -> tuple[int, list[int]]:
-        """(how many different targets there were within the window, records that support it)."""
+    def add(self, target: Hashable, now_ns: int, number: int, window_ns: int | None) -> int:
+        """How many different targets there were within the window, 0 when this one was counted already."""
         before = self.targets.get(target)
         self.targets.put(target, (now_ns, before[1] if before else number))
         if window_ns is not None:
@@ -46,7 +46,11 @@ class _Group:
                 if now_ns - self.targets[oldest][0] <= window_ns:
                     break
                 del self.targets[oldest]
-        return len(self.targets), sorted(first for _, first in self.targets.values())
+        return len(self.targets) if before is None else 0
+
+    def evidence(self) -> list[int]:
+        """Records that support the count."""
+        return sorted(first for _, first in self.targets.values())
 
 
 class ProbingDetector:
@@ -110,14 +114,14 @@ class ProbingDetector:
         if event.verdict == "allow":
             return []
         above = hosts.parent(event.qname)
-        count, evidence = self._count(
+        count, group_seen = self._count(
             event, (self._names.id, event.scope.step, above), hosts.normal(event.qname), number, self._names
         )
         reached = _reached(self._names, "refused", count)
         if reached is None:
             return []
         what = f"{count} different names under {show(above, 80)} within a minute; all refused"
-        return [draft(self._names, event, what, evidence, severity=reached)]
+        return [draft(self._names, event, what, group_seen.evidence(), severity=reached)]
 
     def _fan_out(
         self,
@@ -138,35 +142,43 @@ class ProbingDetector:
             (self._hosts, None, address, "addresses"),
             (self._ports, (protocol, address), port, f"{protocol} ports of {address}"),
         ):
-            count, evidence = self._count(event, (rule.id, kind, step, group), target, number, rule)
+            count, group_seen = self._count(event, (rule.id, kind, step, group), target, number, rule)
             if (severity := _reached(rule, kind, count)) is not None:
                 what = f"{count} different {told} within a minute; {said}"
-                found.append(draft(rule, event, what, evidence, severity=severity))
-        if is_refused and hosts.is_private(address):
-            count, evidence = self._count(event, (self._slow.id,), (protocol, address, port), number, self._slow)
-            if (severity := _reached(self._slow, kind, count)) is not None and not found:
+                found.append(draft(rule, event, what, group_seen.evidence(), severity=severity))
+        episode = self._groups_of(event)
+        scanned = (self._slow.id, "scanned", step)
+        if found:
+            episode.put(scanned, _Group())
+        # What a fast scan dialled was said already: only the rest adds up to a slow one.
+        if is_refused and hosts.is_private(address) and scanned not in episode:
+            count, group_seen = self._count(event, (self._slow.id,), (protocol, address, port), number, self._slow)
+            if (severity := _reached(self._slow, kind, count)) is not None:
                 what = f"{count} different private targets over the episode; all refused"
-                found.append(draft(self._slow, event, what, evidence, severity=severity))
+                found.append(draft(self._slow, event, what, group_seen.evidence(), severity=severity))
         return found
 
     def _count(
         self, event: Flow | PacketDropped | DnsQuery, group: Hashable, target: Hashable, number: int, rule: Rule
-    ) -> tuple[int, list[int]]:
-        episode = (event.scope.run, event.scope.episode)
-        groups = self._episodes.get(episode)
-        if groups is None:
-            groups = self._episodes.put(episode, Recent(_GROUPS))
+    ) -> tuple[int, _Group]:
+        groups = self._groups_of(event)
         kept = groups.put(group, groups.get(group) or _Group())
         window = next(iter(rule.numbers("window_s")), None)
-        return kept.add(target, event.mono_ns, number, window * _NS if window else None)
+        return kept.add(target, event.mono_ns, number, window * _NS if window else None), kept
+
+    def _groups_of(self, event: Event) -> Recent[Hashable, _Group]:
+        episode = (event.scope.run, event.scope.episode)
+        groups = self._episodes.get(episode)
+        return groups if groups is not None else self._episodes.put(episode, Recent(_GROUPS))
 
     def _metadata_key(self, address: str) -> str:
         return address if address in self._addresses else "name"
 
 
 def _reached(rule: Rule, kind: str, count: int) -> Severity | None:
-    """Severity for ``count`` different targets: None below the first threshold, ``high`` from the second on."""
+    """Severity when ``count`` has just come to a threshold: the rule's at the first, ``high`` at the second.
+
+    Counts rise one at a time, so no threshold is passed unseen, and a flood beyond them costs nothing.
+    """
     first, second = sorted(rule.numbers(kind))
-    if count < first:
-        return None
-    return rule.severity if count < second else "high"
+    return rule.severity if count == first else "high" if count == second else None
