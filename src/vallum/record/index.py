@@ -23,7 +23,7 @@ import msgspec
 
 from vallum.core.errors import RecordError, VerificationError
 from vallum.record.chain import GENESIS, LOG, Position, read_anchor
-from vallum.record.index_rows import SCHEMA, VERSION, add_record
+from vallum.record.index_rows import SCHEMA, TABLES, VERSION, add_record
 from vallum.record.reader import decode_line, is_live, list_ids, read_lines
 
 NAME = "index.sqlite"
@@ -264,7 +264,7 @@ class Index:
         return not damage
 
     def _drop(self, run: str) -> None:
-        for table in ("runs", "episodes", "steps", "flows", "queries", "packets", "findings", "samples"):
+        for table in TABLES:
             self._db.execute(f"DELETE FROM {table} WHERE run = ?", (run,))  # noqa: S608 - constants
 
 
@@ -283,7 +283,11 @@ def _connect(path: Path | None) -> sqlite3.Connection:
             raise sqlite3.DatabaseError(f"version {version}")
         # A view needs no durability: when it is lost, it is made again.
         db.execute("PRAGMA synchronous = OFF")
-        db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if version == VERSION and not tables.issuperset(TABLES):
+            raise sqlite3.DatabaseError("tables are missing")
+        if version == 0:
+            db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
         if path is not None:
             path.chmod(0o600)
     except BaseException:

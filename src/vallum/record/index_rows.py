@@ -29,6 +29,8 @@ from vallum.record.calls import describe_call
 VERSION = 1
 """Of the tables; another one means: make the index anew."""
 
+TABLES = ("runs", "episodes", "steps", "flows", "queries", "packets", "findings", "samples")
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
   run TEXT PRIMARY KEY, inode INTEGER NOT NULL, offset INTEGER NOT NULL DEFAULT 0, records INTEGER NOT NULL DEFAULT 0,
