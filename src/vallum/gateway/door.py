@@ -11,6 +11,7 @@ _SO_ORIGINAL_DST = 80  # netfilter_ipv4.h, ip6_tables.h: the same number for bot
 _IP_PKTINFO = 8
 _IPV6_PKTINFO = 50
 _IPV6_RECVPKTINFO = 49
+_IPV6_FREEBIND = 78
 _RST = struct.pack("ii", 1, 0)
 
 Endpoint = tuple[str, int]
@@ -61,6 +62,8 @@ def prepare_datagrams(door: socket.socket) -> None:
     door.setblocking(False)
     if door.family == socket.AF_INET6:
         door.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+        # A local route makes every IPv4 address usable as a source; IPv6 wants this as well.
+        door.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
     else:
         door.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
 

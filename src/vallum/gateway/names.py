@@ -120,18 +120,14 @@ class HostResolver:
 
 def _getaddrinfo(name: str) -> list[str]:
     try:
-        # Bytes, and a final dot: no codec in between, and no search domain of the host added.
+        # Bytes, and a final dot: no codec in between, and no search domain of the host added. The hosts file has been
+        # asked by then (with a final dot the C library would not find the name there).
         found = socket.getaddrinfo(name.encode("ascii") + b".", None, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         if error.errno in {socket.EAI_NONAME, socket.EAI_NODATA}:
-            return _hosts_only(name)
+            return []
         raise LookupTemporarilyFailedError(f"{name}: {error.strerror}") from error
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-def _hosts_only(name: str) -> list[str]:
-    """The hosts file's addresses: the C library does not look there for a name with a final dot."""
-    return sorted(read_hosts().get(name, ()))
 
 
 class CellNames:

@@ -104,11 +104,12 @@ def forms(address: Address) -> tuple[Address, ...]:
 def guards_of(address: Address, *, own: bool = False) -> list[Guard]:
     """Every guard that applies, the most telling first. A grant must open all of them."""
     shapes = forms(address)
-    guards = []
+    guards: list[Guard] = []
     if any(shape in network for shape in shapes for network in METADATA.networks):
         guards.append(METADATA)
-    if own:
+    ranges = [guard for guard in RANGES if any(s in n for s in shapes for n in guard.networks)]
+    if own and RANGES[0] not in ranges:  # loopback is always the host's own, and stricter
         guards.append(OWN)
     if METADATA not in guards:  # more specific than the range that it lies in
-        guards += [guard for guard in RANGES if any(s in n for s in shapes for n in guard.networks)]
+        guards += ranges
     return guards

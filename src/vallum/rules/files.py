@@ -71,15 +71,14 @@ def read_builtin(containment: Containment) -> Ruleset:
     return parse_ruleset(text, f"builtin/{containment}.toml")
 
 
-def compose(containment: str | None = None, *, file: Path | None = None, allow: Sequence[str] = ()) -> Ruleset:
-    """The rules of a cell: the built-in ones of a containment, then those of a file, then ``--allow`` texts.
+def compose(containment: str | None = None, *, own: Ruleset | None = None, allow: Sequence[str] = ()) -> Ruleset:
+    """The rules of a cell: the built-in ones of a containment, then its owner's (of a file), then ``--allow`` texts.
 
     ``containment`` wins over the file's; without either it is ``standard``.
 
     Raises:
         RuleError: unknown containment, an unusable file or grant, or grants under ``locked``.
     """
-    own = read_ruleset(file) if file is not None else None
     level = containment or (own.containment if own is not None else "standard")
     if level not in CONTAINMENTS:
         raise RuleError(f"containment {show(level)!r} is not known: use one of {', '.join(CONTAINMENTS)}")
