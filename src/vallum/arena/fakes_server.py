@@ -23,6 +23,11 @@ from vallum.testing.fakes import (
     Sshd,
     StratumPool,
 )
+from vallum.testing.fakes.mirror import PACKAGE, TOY
+
+BULK = "bulk.bin"
+BULK_BYTES = 16 * 1024 * 1024
+"""Something large to download, for the gateway bench."""
 
 
 class FarSide:
@@ -32,7 +37,7 @@ class FarSide:
         ports = (geography.POOL_PORT, geography.POOL_DISGUISED_PORT, geography.POOL_DAEMON_PORT)
         self.sshd = Sshd([geography.TUNNEL])
         self.metadata = MetadataService(geography.METADATA)
-        self.mirror = PackageMirror([geography.MIRROR])
+        self.mirror = PackageMirror([geography.MIRROR], {PACKAGE: TOY, BULK: bytes(BULK_BYTES)})
         self.names = DnsServer([geography.NAME_SERVER], geography.ZONE)
         self.fakes: list[Fake] = [
             StratumPool([(geography.POOL, port) for port in ports]),
@@ -46,12 +51,11 @@ class FarSide:
 
     def facts(self) -> Facts:
         """What the near side is told."""
-        package = next(iter(self.mirror.packages))
         return Facts(
             login=self.sshd.login,
             client_key=self.sshd.client_key,
-            package=package,
-            package_sha256=self.mirror.sha256(package),
+            package=PACKAGE,
+            package_sha256=self.mirror.sha256(PACKAGE),
             canaries=[self.metadata.access_key, self.metadata.secret_key],
         )
 
