@@ -66,7 +66,7 @@ def in_namespace(pid: int, make):
             check(libc.setns(fd, NEWNET))
             os.close(fd)
             box.append(make())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             box.append(error)
 
     thread = threading.Thread(target=work)
@@ -328,7 +328,7 @@ def run_in_world(tmp: Path, rules: Ruleset, scenario, timeout_s: float = 60) -> 
         try:
             world = World(tmp)
             asyncio.run(asyncio.wait_for(live(world), timeout_s))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             box.append(error)
         finally:
             if world is not None:

@@ -113,7 +113,7 @@ class Sniffer:
         # A value can only end with one of these; looking at nothing else keeps a slow drip cheap.
         fresh = self.data[self._looked :]
         self._looked = len(self.data)
-        if b"}" not in fresh and b"]" not in fresh:
+        if not any(mark in fresh for mark in (b"}", b"]", b"\n")):
             return None
         found = minerpc.read_messages(bytes(self.data[start:]))
         if found is None:
