@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from vallum.core.events import DnsQuery, Flow, PacketDropped, Record, RunStarted, StepOpened
 from vallum.core.scope import BY_NODE, Attribution, Scope
-from vallum.record.story import RunStory, fold
+from vallum.record.chapters import RunStory
+from vallum.record.story import fold
 from vallum.record.traffic import KEPT_ENTRIES, KEPT_TARGETS, KEPT_TIMES
 from vallum.testing.incident import tell_incident
 

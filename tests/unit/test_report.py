@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vallum.core.events import AnyEvent, Record
+from vallum.record.chapters import RunStory
 from vallum.record.ledger import Ledger
 from vallum.record.reader import read_records
-from vallum.record.story import RunStory, Span, fold
+from vallum.record.story import fold
+from vallum.record.traffic import Span
 from vallum.record.verify import verify
 from vallum.testing.incident import Tale, tell_incident
 from vallum.web.report import grow_tree, render_report

@@ -18,8 +18,8 @@ from rich.text import Text
 from vallum.core.events import Event, Process, Record
 from vallum.core.text import show
 from vallum.core.units import show_bytes, show_duration
+from vallum.record.chapters import EpisodeStory, RunStory, StepStory, Totals
 from vallum.record.index import FindingRow, RunRow
-from vallum.record.story import EpisodeStory, RunStory, StepStory, Totals
 
 SHOWN_STEPS = 200
 SHOWN_ATTEMPTS = 60

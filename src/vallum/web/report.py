@@ -19,7 +19,7 @@ import jinja2
 
 from vallum.core.text import show
 from vallum.core.units import show_bytes, show_duration
-from vallum.record.story import EpisodeStory, ProcessStory, RunStory, StepStory, Totals
+from vallum.record.chapters import EpisodeStory, ProcessStory, RunStory, StepStory, Totals
 from vallum.record.traffic import Traffic
 from vallum.record.verify import Verified
 from vallum.web.timeline import draw_timeline
@@ -128,7 +128,7 @@ def choose_tiles(story: RunStory, totals: Totals, verified: Verified | None) -> 
     worst = next(iter(totals.findings), "")
     tiles = [
         Tile(
-            "Refused attempts",
+            "Denied attempts",
             f"{totals.denied:,}",
             _number(len(totals.denied_by_rule), "rule") + " gave the verdict",
             "bad" if totals.denied else "plain",
@@ -140,7 +140,7 @@ def choose_tiles(story: RunStory, totals: Totals, verified: Verified | None) -> 
             "bad" if totals.denied_bytes_out else "good",
         ),
         Tile(
-            "Time to refusal",
+            "Time to denial",
             show_duration(totals.decision_ns),
             f"median; slowest {show_duration(totals.slowest_ns)}",
             "plain",

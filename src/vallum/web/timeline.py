@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 from vallum.core.units import show_duration
-from vallum.record.story import EpisodeStory, StepStory
+from vallum.record.chapters import EpisodeStory, StepStory
 
 WIDTH = 1120
 GUTTER = 286
@@ -151,7 +151,7 @@ def _draw_lane(step: StepStory, y: float, scale: _Scale, now_ns: int) -> Lane:
         # Of very many attempts only the first have a time; the last of them stands for the others.
         (
             span.start_ns,
-            f"refused: {entry.protocol} {entry.target}\n{entry.rule}",
+            f"denied: {entry.protocol} {entry.target}\n{entry.rule}",
             span.start_ns > end and step.index is not None,
             1 + (entry.count - len(entry.spans) if span is entry.spans[-1] else 0),
         )
