@@ -65,6 +65,15 @@ def test_leases_are_unique_across_allocators_and_come_back(tmp_path):
         lease.release()
 
 
+def test_a_range_that_was_given_back_can_be_taken_again(tmp_path):
+    (tmp_path / "subuid").write_text(f"ann:{FIRST_ID + 65536}:{(RANGES - 1) * 65536}\n")
+    ranges = UidRanges(tmp_path / "locks", tmp_path)
+    for _ in range(3):
+        base = ranges.take()
+        assert base == FIRST_ID
+        ranges.give_back(base)
+
+
 def test_when_all_are_taken_it_says_so_and_a_crash_frees_them(tmp_path):
     taken = FIRST_ID + 65536
     (tmp_path / "subuid").write_text(f"ann:{taken}:{(RANGES - 1) * 65536}\n")

@@ -95,6 +95,7 @@ class UidRanges:
             SandboxError: it cannot be made, or is somebody else's.
         """
         self._locks = locks
+        self._leases: dict[int, Lease] = {}
         self._taken = read_taken(etc)
         try:
             locks.mkdir(mode=0o700, exist_ok=True)
@@ -121,6 +122,16 @@ class UidRanges:
         raise SandboxError(
             f"all {RANGES} uid ranges of this machine are in use (locks in {self._locks}); end some cells"
         )
+
+    def take(self) -> int:
+        """:meth:`lease`, kept here by its first id until :meth:`give_back`."""
+        lease = self.lease()
+        self._leases[lease.ids.first] = lease
+        return lease.ids.first
+
+    def give_back(self, base: int) -> None:
+        """Release what :meth:`take` gave. The cell must be gone, and its files deleted."""
+        self._leases.pop(base).release()
 
     def _try_lock(self, first: int) -> int | None:
         path = self._locks / f"{first:08x}"

@@ -8,6 +8,9 @@ from vallum.core.errors import InvalidInput
 from vallum.sandbox.base import Image
 from vallum.sandbox.images.directory import resolve_directory
 from vallum.sandbox.images.host import resolve_host
+from vallum.sandbox.images.mounts import with_mounts
+
+__all__ = ["resolve", "with_mounts"]
 
 
 def resolve(ref: str, *, images_dir: Path, rootless: bool) -> Image:
