@@ -284,6 +284,25 @@ def test_a_failed_batch_leaves_none_of_it(tmp_path: Path) -> None:
     assert verify(tmp_path / "r1").count == 1
 
 
+def test_syncing_beside_appending_leaves_a_true_anchor(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, "r1") as ledger:
+        over = threading.Event()
+
+        def sync() -> None:
+            while not over.is_set():
+                ledger.sync()
+
+        syncer = threading.Thread(target=sync)
+        syncer.start()
+        for number in range(300):
+            ledger.append(call("r1", number))
+            if number % 50 == 0:
+                assert verify(tmp_path / "r1").count == number + 1
+        over.set()
+        syncer.join()
+    assert verify(tmp_path / "r1").closed
+
+
 def test_sync_moves_the_anchor(tmp_path: Path) -> None:
     with Ledger.create(tmp_path, "r1") as ledger:
         ledger.append(call("r1", 0))

@@ -222,10 +222,10 @@ class Index:
                     self._db.execute("BEGIN IMMEDIATE")
                     self._drop(run)
         for run in runs:
-            directory = self._runs / run
-            if not (directory / LOG).is_file():
+            try:
+                status = (self._runs / run / LOG).stat()
+            except FileNotFoundError:
                 continue
-            status = (directory / LOG).stat()
             row = self._db.execute("SELECT inode, offset, damage FROM runs WHERE run = ?", (run,)).fetchone()
             if row is None or tuple(row) != (status.st_ino, status.st_size, ""):
                 with self._db:

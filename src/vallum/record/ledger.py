@@ -17,7 +17,6 @@ import fcntl
 import os
 import stat
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -42,9 +41,7 @@ from vallum.record.chain import (
     read_anchor,
     walk,
 )
-
-_LOCK_PATIENCE_S = 0.3
-"""A reader that asks whether a run is live holds a shared lock for an instant."""
+from vallum.record.storage import lock, replace, save_new
 
 
 class Ledger:
@@ -60,7 +57,9 @@ class Ledger:
         self._count = at.count
         self._head = at.head
         self._failed = ""
+        self._is_closing = False
         self._lock = threading.Lock()
+        self._sync_lock = threading.Lock()
 
     @classmethod
     def create(cls, runs: Path, run: str) -> Ledger:
@@ -91,7 +90,7 @@ class Ledger:
         fd = -1
         try:
             fd = os.open(LOG, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=dir_fd)
-            _lock(fd)
+            lock(fd)
             os.fsync(dir_fd)
         except OSError as error:
             if fd >= 0:
@@ -192,10 +191,12 @@ class Ledger:
     def sync(self) -> None:
         """Make everything acknowledged survive a loss of power, and move the anchor to here.
 
+        Waits for the disk; other threads may go on appending meanwhile.
+
         Raises:
             RecordError: the disk did not take it; the ledger refuses everything from now on.
         """
-        with self._lock:
+        with self._sync_lock:
             self._sync(closed=False)
 
     def close(self) -> None:
@@ -204,18 +205,21 @@ class Ledger:
         Raises:
             RecordError: it could not be marked; it reads as interrupted then. It is let go of all the same.
         """
-        with self._lock:
+        with self._sync_lock:
             if self._fd < 0:
                 return
             try:
+                with self._lock:
+                    self._is_closing = True
                 if not self._failed:
                     self._sync(closed=True)
             finally:
-                # A child that was forked without exec would hold the lock through its copy of the descriptor.
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-                os.close(self._fd)
-                os.close(self._dir_fd)
-                self._fd = self._dir_fd = -1
+                with self._lock:
+                    # A child that was forked without exec would hold the lock through its copy of the descriptor.
+                    fcntl.flock(self._fd, fcntl.LOCK_UN)
+                    os.close(self._fd)
+                    os.close(self._dir_fd)
+                    self._fd = self._dir_fd = -1
 
     def __enter__(self) -> Self:
         return self
@@ -244,7 +248,7 @@ class Ledger:
 
     def _write(self, data: bytes) -> None:
         """All of ``data`` or nothing, with the lock held."""
-        if self._fd < 0:
+        if self._is_closing:
             raise RecordError(f"the ledger of run {self.run} is closed: nothing was written")
         if self._failed:
             raise RecordError(self._failed)
@@ -265,24 +269,27 @@ class Ledger:
         raise RecordError(self._failed) from error
 
     def _sync(self, *, closed: bool) -> None:
-        if self._fd < 0:
-            raise RecordError(f"the ledger of run {self.run} is closed")
-        if self._failed:
-            raise RecordError(self._failed)
-        anchor = Anchor(count=self._count, head=self._head.decode(), bytes=self._size, closed=closed)
+        with self._lock:
+            if self._fd < 0:
+                raise RecordError(f"the ledger of run {self.run} is closed")
+            if self._failed:
+                raise RecordError(self._failed)
+            anchor = Anchor(count=self._count, head=self._head.decode(), bytes=self._size, closed=closed)
         try:
             os.fsync(self._fd)
-            _replace(self._dir_fd, ANCHOR, msgspec.json.encode(anchor) + b"\n")
+            replace(self._dir_fd, ANCHOR, msgspec.json.encode(anchor) + b"\n")
         except OSError as error:
-            self._fail(
-                f"could not be made durable: {error.strerror}; free space on that disk and start the run again", error
-            )
+            with self._lock:
+                self._fail(
+                    f"could not be made durable: {error.strerror}; free space on that disk and start the run again",
+                    error,
+                )
 
     def _repair(self, torn: bytes) -> None:
         """Cut ``torn`` from the end, keep it, and note it. Safe to be killed anywhere and done again."""
         if torn:
             name, number = f"torn-{self._size}", 0
-            while not _save(self._dir_fd, name, torn):
+            while not save_new(self._dir_fd, name, torn):
                 number += 1
                 name = f"torn-{self._size}.{number}"
             os.ftruncate(self._fd, self._size)
@@ -326,27 +333,13 @@ def _open_existing(dir_fd: int, directory: Path) -> int:
             f"{directory / LOG} is not a file of this user's ledger: restore it or remove the run's directory"
         )
     try:
-        _lock(fd)
+        lock(fd)
     except OSError as error:
         os.close(fd)
         raise RecordError(
             f"run {directory.name} is being written by another process: end that one, or choose another run id"
         ) from error
     return fd
-
-
-def _lock(fd: int) -> None:
-    """Take the exclusive lock, or raise BlockingIOError."""
-    give_up = time.monotonic() + _LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.01)
-        else:
-            return
 
 
 def _scan(directory: Path, anchor: Anchor | None) -> tuple[Position, bytes]:
@@ -377,29 +370,3 @@ def _scan(directory: Path, anchor: Anchor | None) -> tuple[Position, bytes]:
                 end.count,
             )
     return end, torn
-
-
-def _save(dir_fd: int, name: str, data: bytes) -> bool:
-    """Write a new file durably. False when the name is taken by other bytes."""
-    try:
-        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=dir_fd)
-    except FileExistsError:
-        return False
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(fd)
-    os.fsync(dir_fd)
-    return True
-
-
-def _replace(dir_fd: int, name: str, data: bytes) -> None:
-    """Put ``data`` in place of file ``name``, durably and in one piece."""
-    draft = f".{name}.new"
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=dir_fd)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(fd)
-    os.replace(draft, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-    os.fsync(dir_fd)

@@ -126,11 +126,10 @@ def list_ids(runs: Path) -> list[str]:
 
 
 def _started_ns(directory: Path) -> int:
-    with open_log(directory / LOG) as log:
-        raw = log.readline(65536)
     try:
-        return msgspec.json.decode(raw[65:], type=_When).t_ns
-    except msgspec.MsgspecError:
+        with open_log(directory / LOG) as log:
+            return msgspec.json.decode(log.readline(1 << 20)[65:], type=_When).t_ns
+    except (RecordError, msgspec.MsgspecError):
         # An empty or damaged log is no reason to find no run at all; what is wrong shows when it is read.
         return 0
 
