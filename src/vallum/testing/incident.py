@@ -171,7 +171,7 @@ def tell_incident(run: str = "r-20261121-000000-1ncdnt") -> list[AnyEvent]:
     _begin(tale)
     _download(tale, 0)
     _mine(tale, 1, ["xmrig", "-o", "pool.minexmr.test:3333", "-u", "48edfHu7"], 3333, host="pool.minexmr.test")
-    _mine(tale, 2, ["/work/.cache/python3", "-o", "cdn.assets.test:443"], 443, host="cdn.assets.test")
+    _mine(tale, 2, ["/home/agent/.cache/python3", "-o", "cdn.assets.test:443"], 443, host="cdn.assets.test")
     _tunnel(tale, 3)
     _sweep(tale, 4)
     _metadata(tale, 5)
@@ -226,7 +226,9 @@ def _download(tale: Tale, step: int) -> None:
     tale.permit(step, process, "203.0.113.10", 80, "mirror.packages.test", out=412, inward=48_211, ms=95)
     tale.pass_ms(60)
     tale.end(step, process)
-    tale.add(FileWrite(**tale.fields(step), path="/work/left_pad.whl", bytes=48_001, sha256="cd" * 32, source="sdk"))
+    tale.add(
+        FileWrite(**tale.fields(step), path="/home/agent/left_pad.whl", bytes=48_001, sha256="cd" * 32, source="sdk")
+    )
     tale.close(step, call, began, 0, cpu_ms=210)
     tale.pass_ms(40)
 
