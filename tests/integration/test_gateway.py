@@ -362,6 +362,22 @@ def test_removing_a_cell_closes_its_doors_and_records_its_flows(tmp_path: Path) 
     run_in_world(tmp_path, grants("mirror.test"), scenario)
 
 
+def test_an_attempt_that_was_not_judged_yet_is_recorded_when_the_cell_closes(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        async with world.tap("192.0.2.20", 443) as tap:
+            ip = await address(world, "mirror.test")
+            _, writer = await world.connect(ip, 443)
+            writer.write(client_hello("mirror.test")[:50])
+            await asyncio.sleep(0.1)
+            await world.link.remove_cell("c1")
+            (event,) = await world.settled(1)
+            assert (event.state, event.rule, event.bytes_out) == ("denied", "cell-closed", 0)
+            assert not tap.connections
+            writer.close()
+
+    run_in_world(tmp_path, grants("mirror.test"), scenario)
+
+
 def test_when_the_gateway_is_killed_the_guest_is_refused(tmp_path: Path) -> None:
     async def scenario(world: World) -> None:
         async with world.tap("192.0.2.20", 80, HTTP_OK):

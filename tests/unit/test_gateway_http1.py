@@ -14,7 +14,7 @@ def watch() -> Http1Watch:
     def judge(host: str | None) -> Decision:
         return Decision(verdict="allow" if host == "a.example" else "deny", rule="host-mismatch", reason=str(host))
 
-    return Http1Watch(judge)
+    return Http1Watch(judge, {"a.example", "203.0.113.1"})
 
 
 def get(host: str = "a.example", path: str = "/", extra: str = "") -> bytes:
@@ -64,6 +64,15 @@ def test_refused_first_or_later(bad: bytes, before: bytes) -> None:
     # In one batch, nothing of it goes out.
     with pytest.raises(RefusedError):
         watch().feed(before + bad)
+
+
+def test_a_server_granted_by_address_is_no_proxy() -> None:
+    w = Http1Watch(lambda _: Decision(verdict="allow", rule="allow:203.0.113.1", reason=""), {"203.0.113.1"})
+    assert w.feed(get("any.example")) == get("any.example")
+    direct = b"GET http://203.0.113.1/ HTTP/1.1\r\nHost: 203.0.113.1\r\n\r\n"
+    assert w.feed(direct) == direct
+    with pytest.raises(RefusedError):
+        w.feed(b"GET http://evil.example/ HTTP/1.1\r\nHost: evil.example\r\n\r\n")
 
 
 def test_a_smuggled_request_is_judged_like_any_other() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from vallum.cli.rules import rules as rules_command
 from vallum.core.errors import RuleError
-from vallum.rules.addresses import canonical, guards_of
+from vallum.rules.addresses import METADATA, OWN, RANGES, canonical, guards_of
 from vallum.rules.explanation import explain
 from vallum.rules.files import compose, parse_ruleset, read_builtin, read_ruleset
 from vallum.rules.grants import CONTAINMENTS, Rule, Ruleset, parse_grant
@@ -388,3 +389,13 @@ def test_commands(tmp_path: Path) -> None:
     file.write_text("x = 1")
     failed = run(rules_command, ["check", str(file)])
     assert isinstance(failed.exception, RuleError)
+
+
+def test_examples_in_the_documentation_are_usable() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "rules.md").read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        parse_ruleset(block, "docs/rules.md")
+    for guard in (METADATA, OWN, *RANGES):
+        assert f"`{guard.rule}`" in text

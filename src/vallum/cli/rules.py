@@ -11,7 +11,7 @@ import msgspec
 
 from vallum.core.events import Protocol
 from vallum.rules.explanation import explain
-from vallum.rules.files import compose
+from vallum.rules.files import compose, read_ruleset
 from vallum.rules.grants import PROTOCOLS
 
 
@@ -24,7 +24,7 @@ def rules() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def check(file: Path) -> None:
     """Check FILE and print what it comes to. Exit code 2 when it cannot be used."""
-    ruleset = compose(file=file)
+    ruleset = compose(own=read_ruleset(file))
     click.echo(f"{file}: usable, containment {ruleset.containment}")
     for line in ruleset.describe():
         click.echo(f"  {line}")
@@ -51,7 +51,7 @@ def explain_command(
     as_json: bool,
 ) -> None:
     """Say whether TARGET (HOST[:PORT]) would be allowed by FILE, and by which rule. Exit code 0: allowed, 1: denied."""
-    ruleset = compose(containment, file=file, allow=allow)
+    ruleset = compose(containment, own=read_ruleset(file), allow=allow)
     explanation = explain(
         ruleset, target, protocol=cast("Protocol | None", protocol), server_name=server_name, address=address
     )

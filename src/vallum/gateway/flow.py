@@ -52,6 +52,13 @@ async def serve_connection(cell: GatewayCell, conn: socket.socket, peer: Endpoin
         raise
     try:
         await flow.serve()
+    except asyncio.CancelledError:
+        # The cell is being closed before there was a verdict: the attempt is a fact all the same.
+        if not flow.is_recorded:
+            with contextlib.suppress(NodeGoneError):
+                reason = "the cell was closed before its first bytes were judged"
+                await flow.record("denied", Decision(verdict="deny", rule="cell-closed", reason=reason))
+        raise
     except Exception:  # a judge that failed denies, whatever it failed of
         log.exception("cell %s: a flow failed", cell.id)
         with contextlib.suppress(NodeGoneError):
@@ -83,7 +90,7 @@ class GatewayFlow:
         self.seen = Sniffed("unknown")
         self.head = b""
         self.counters = Counters()
-        self.opened: Decision | None = None
+        self.is_recorded = False
         self._owner = asyncio.create_task(cell.attribute("tcp", peer, self.dst))
         self._server: socket.socket | None = None
         self._cut: Decision | None = None
@@ -124,7 +131,7 @@ class GatewayFlow:
             await self._open(decision, HoldingGuard(self._admit), b"")
         elif not self.head:
             self._decided()
-            silent = Decision(verdict="allow", rule=decision.rule, reason="the guest closed it before sending a byte")
+            silent = Decision(verdict="allow", rule=decision.rule, reason="no byte came from the guest")
             await self.record("closed", silent)
         else:
             await self._judge_and_open(sniffed)
@@ -182,7 +189,7 @@ class GatewayFlow:
         if decision.verdict != "allow":
             raise RefusedError(decision)
         if sniffed.protocol == "http":
-            return Http1Watch(self._judge_host)
+            return Http1Watch(self._judge_host, {self.dst[0], *self.pinned.names})
         return UnknownGuard() if sniffed.protocol == "unknown" else OpenGuard()
 
     def _judge_host(self, host: str | None) -> Decision:
@@ -228,7 +235,6 @@ class GatewayFlow:
         except NodeGoneError as error:
             log.warning("cell %s: flow refused: %s", self.cell.id, error)
             return
-        self.opened = decision
         self.cell.flows.add(self)
         final = decision
         try:
@@ -353,3 +359,4 @@ class GatewayFlow:
             socket_step=owner.socket_step,
         )
         await self.cell.node.append(self.cell.id, event)
+        self.is_recorded = True

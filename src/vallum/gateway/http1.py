@@ -4,14 +4,14 @@ Requests are parsed with h11 and written anew from what was parsed, so that no b
 differently (line folding, odd line ends, Content-Length beside Transfer-Encoding) reaches the server. Responses
 pass as they are.
 
-Covered: another Host on a kept-alive connection, CONNECT, absolute targets naming another host, request smuggling,
+Covered: another Host on a kept-alive connection, CONNECT, absolute targets naming another host (an open proxy), request smuggling,
 upgrades (a WebSocket on the connection's first request; any other, ``h2c`` too, has its Upgrade header removed).
 Not covered: what a WebSocket carries; the content of bodies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import h11
 
@@ -37,9 +37,11 @@ class RefusedError(Exception):
 class Http1Watch:
     """Between the guest's bytes and the server."""
 
-    def __init__(self, judge_host: Callable[[str | None], Decision]) -> None:
-        """``judge_host`` decides on the (normalised) Host of each request."""
+    def __init__(self, judge_host: Callable[[str | None], Decision], destinations: Set[str]) -> None:
+        """``judge_host`` decides on the (normalised) Host of each request; ``destinations`` are the names and the
+        address of the server: an absolute target that names anything else asks it to be a proxy."""
         self._judge_host = judge_host
+        self._destinations = destinations
         self._conn = _make_parser()
         self._chunked = False
         self._requests = 0
@@ -155,8 +157,8 @@ class Http1Watch:
             raise _refuse("malformed", "there is more than one Host header")
         host = split_authority(hosts[0]) if hosts else None
         authority = authority_of(request.target)
-        if authority is not None and split_authority(authority) != host:
-            raise _refuse("host-mismatch", "the request target names another host than Host")
+        if authority is not None and (split_authority(authority) != host or host not in self._destinations):
+            raise _refuse("host-mismatch", "the request target names another host, which would make the server a proxy")
         decision = self._judge_host(host)
         if decision.verdict != "allow":
             raise RefusedError(decision)
