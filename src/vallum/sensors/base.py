@@ -25,7 +25,11 @@ class Hooks(Protocol):
         ...
 
     def scope_of_pid(self, cell: str, pid: int) -> tuple[Scope, Attribution]:
-        """Whose a host pid of ``cell`` is now. ``scope.step`` is None when the kernel no longer tells (it is gone)."""
+        """Whose a host pid of ``cell`` is now. ``scope.step`` is None when the kernel no longer tells (it is gone).
+
+        Raises:
+            RecordError: the cell has ended; the sensor forgets it.
+        """
         ...
 
     def record_failed(self, cell: str, error: RecordError) -> None:

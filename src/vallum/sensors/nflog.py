@@ -34,6 +34,8 @@ _BATCH = 256
 _WINDOW_S = 1.0
 MAX_KINDS = 1024
 """Different (protocol, destination, port) per second that are kept apart."""
+MAX_ASKED = 32
+"""Kinds per second whose socket is looked for (a millisecond each); the rest is charged to the cell."""
 _NAMES = {1: "icmp", 17: "udp", 58: "icmpv6", 132: "sctp", 6: "tcp", 136: "udplite", 33: "dccp"}
 _WITH_PORTS = {17, 132, 6, 136, 33}
 _EXTENSIONS = {0, 43, 60, 135, 139, 140}
@@ -154,6 +156,7 @@ class NflogReader:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._told_dropped = 0
+        self._asked = 0
         self.dropped = 0
         """Packets that were not kept (the kernel's overflows count as one)."""
         self.malformed = 0
@@ -226,8 +229,10 @@ class NflogReader:
         self._emit(event)
 
     def _charge(self, packet: Packet) -> tuple[Scope, Attribution]:
-        if self._attributor is not None and packet.protocol == "udp" and packet.src_port and packet.dst_port:
-            source, target = (packet.src_ip, packet.src_port), (packet.dst_ip, packet.dst_port)
+        is_askable = packet.protocol == "udp" and packet.src_port and packet.dst_port and self._asked < MAX_ASKED
+        if self._attributor is not None and is_askable:
+            self._asked += 1
+            source, target = (packet.src_ip, packet.src_port or 0), (packet.dst_ip, packet.dst_port or 0)
             try:
                 return self._attributor.attribute(self._cell, protocol="udp", src=source, dst=target)[:2]
             except KeyError:
@@ -241,6 +246,7 @@ class NflogReader:
     def _flush(self) -> None:
         """End of a window: tell what was added up and what was lost."""
         self._timer = None
+        self._asked = 0
         kinds, self._kinds = self._kinds, {}
         for kind in kinds.values():
             if kind.more_bytes:

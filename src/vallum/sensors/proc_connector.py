@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-import struct
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,7 +25,8 @@ from vallum.core.events import AnyEvent, Process, ProcessExited, ProcessStarted,
 from vallum.core.scope import BY_NODE, Attribution, Scope
 from vallum.sensors import netlink, procfs
 from vallum.sensors.base import Hooks
-from vallum.sensors.proc_connector_priv import CN_IDX_PROC, close_connector, open_connector
+from vallum.sensors.proc_connector_priv import close_connector, open_connector
+from vallum.sensors.proc_events import Exec, Exit, Fork, ProcEvent, parse
 
 SENSOR = "proc_connector"
 _BATCH = 256
@@ -35,69 +35,6 @@ _LINGER_S = 0.05
 _RECOVER_EVERY_S = 1.0
 _LINEAGE = 0.8
 """Confidence of a step that is a live parent's: the parent may have been moved between fork and reading."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fork:
-    """A process was made."""
-
-    parent: int
-    child: int
-
-
-@dataclass(frozen=True, slots=True)
-class Exec:
-    """A process became another program."""
-
-    pid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """The leader of a process ended; ``code`` and ``signal`` as wait(2) tells them."""
-
-    pid: int
-    code: int | None
-    signal: int | None
-
-
-ProcEvent = Fork | Exec | Exit
-
-
-def parse(data: bytes) -> list[ProcEvent]:
-    """Process events of one datagram; threads, acknowledgements and other kinds are left out.
-
-    Raises:
-        MalformedNetlinkError: lengths do not fit.
-    """
-    found: list[ProcEvent] = []
-    for message in netlink.split(data):
-        raw = message.payload
-        if len(raw) < 20 + 16:
-            raise netlink.MalformedNetlinkError(f"{len(raw)} bytes are too few for a process event")
-        index, _, _, _, length, _ = struct.unpack_from("=IIIIHH", raw)
-        if index != CN_IDX_PROC or length > len(raw) - 20:
-            raise netlink.MalformedNetlinkError("not a message of the proc connector")
-        event = _parse_event(raw[20 : 20 + length])
-        if event is not None:
-            found.append(event)
-    return found
-
-
-def _parse_event(raw: bytes) -> ProcEvent | None:
-    if len(raw) < 32:
-        raise netlink.MalformedNetlinkError(f"{len(raw)} bytes are too few for a process event")
-    what, _, _, first, second, third, fourth = struct.unpack_from("=IIQ4I", raw)
-    if what == 1:
-        return Fork(parent=second, child=fourth) if third == fourth else None
-    if what == 2:
-        return Exec(pid=second)
-    if what == 0x80000000:
-        if first != second:
-            return None
-        signal = third & 0x7F
-        return Exit(pid=second, code=None if signal else (third >> 8) & 0xFF, signal=signal or None)
-    return None
 
 
 @dataclass(slots=True)
@@ -170,7 +107,10 @@ class ProcConnector:
         watched = _Watched(root_pid, scope, procfs.read_uid_map(root_pid))
         self._cells[cell] = watched
         self._adopt(root_pid, cell, scope, BY_NODE)
-        self._find_members(cell, watched)
+        try:
+            self._find_members(cell, watched)
+        except RecordError as error:
+            self._let_go(cell, error)
         self._status(cell, "watching", "fork, exec and exit of every process")
 
     def unwatch(self, cell: str) -> None:
@@ -212,8 +152,16 @@ class ProcConnector:
                 self.malformed += 1
                 continue
             for event in events:
-                self._take(event)
+                self._take_safely(event)
         return True
+
+    def _take_safely(self, event: ProcEvent) -> None:
+        member = self._members.get(event.parent if isinstance(event, Fork) else event.pid)
+        try:
+            self._take(event)
+        except RecordError as error:
+            if member is not None:
+                self._let_go(member.cell, error)
 
     def _take(self, event: ProcEvent) -> None:
         if isinstance(event, Fork):
@@ -344,7 +292,10 @@ class ProcConnector:
             for pid in [p for p in watched.pids if p != watched.root and not procfs.is_alive(p)]:
                 if (member := self._members.get(pid)) is not None:
                     self._end(Exit(pid, None, None), member)
-            self._find_members(cell, watched)
+            try:
+                self._find_members(cell, watched)
+            except RecordError as error:
+                self._let_go(cell, error)
             self._status(cell, "degraded", "the kernel dropped process events; living processes were found again")
 
     def _go_blind(self, error: OSError) -> None:
@@ -379,8 +330,12 @@ class ProcConnector:
         try:
             self._hooks.emit(event)
         except RecordError as error:
-            self.unwatch(cell)
-            self._hooks.record_failed(cell, error)
+            self._let_go(cell, error)
+
+    def _let_go(self, cell: str, error: RecordError) -> None:
+        """The cell cannot be recorded any more: stop before saying so, as the node may come back to us at once."""
+        self.unwatch(cell)
+        self._hooks.record_failed(cell, error)
 
 
 def probe() -> str:

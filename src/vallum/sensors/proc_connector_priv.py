@@ -11,9 +11,12 @@ Source: include/uapi/linux/cn_proc.h, drivers/connector/cn_proc.c.
 from __future__ import annotations
 
 import ctypes
+import os
+import secrets
 import select
 import socket
 import struct
+import time
 
 from vallum.core.errors import ControlMissing
 from vallum.sensors import netlink
@@ -69,9 +72,9 @@ def _attach_filter(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, bytes(program))
 
 
-def _request(operation: int) -> bytes:
+def _request(operation: int, mark: int = 0) -> bytes:
     data = struct.pack("=I", operation)
-    message = _CN_MSG.pack(CN_IDX_PROC, CN_VAL_PROC, 0, 0, len(data), 0) + data
+    message = _CN_MSG.pack(CN_IDX_PROC, CN_VAL_PROC, 0, mark, len(data), 0) + data
     return netlink.make(netlink.NLMSG_DONE, 0, 0, message)
 
 
@@ -94,9 +97,10 @@ def open_connector() -> socket.socket:
         except PermissionError:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
         sock.bind((0, CN_IDX_PROC))
-        sock.send(_request(LISTEN))
+        mark = secrets.randbelow(2**32 - 2) + 1
+        sock.send(_request(LISTEN, mark))
         sock.setblocking(False)
-        _await_ack(sock)
+        _await_ack(sock, mark)
     except OSError as error:
         sock.close()
         raise ControlMissing(
@@ -108,8 +112,11 @@ def open_connector() -> socket.socket:
     return sock
 
 
-def _await_ack(sock: socket.socket) -> None:
-    """Return when the kernel acknowledges. An event is as good: events flow only to listeners.
+def _await_ack(sock: socket.socket, mark: int) -> None:
+    """Return when the kernel acknowledges our own request.
+
+    Nothing else will do: while another process listens, events reach a socket that the kernel has refused, too,
+    with process numbers of another namespace.
 
     Raises:
         ControlMissing: no answer, which is how the kernel refuses other namespaces than the first.
@@ -117,15 +124,21 @@ def _await_ack(sock: socket.socket) -> None:
     """
     poll = select.poll()
     poll.register(sock, select.POLLIN)
-    if not poll.poll(_ACK_WAIT_S * 1000):
-        raise ControlMissing(
-            "the kernel tells process events only to the machine's first user and pid namespace; "
-            "run the node there, not inside a container"
-        )
-    data = sock.recv(65536, socket.MSG_PEEK)
-    what, error = struct.unpack_from("=I", data, _WHAT)[0], struct.unpack_from("=I", data, _DATA)[0]
-    if what == 0 and error:
-        raise OSError(error, "acknowledged with an error")
+    deadline = time.monotonic() + _ACK_WAIT_S
+    while (left_s := deadline - time.monotonic()) > 0 and poll.poll(left_s * 1000):
+        data = sock.recv(65536)
+        if len(data) < _DATA + 4 or struct.unpack_from("=I", data, _WHAT)[0] != 0:
+            continue
+        if struct.unpack_from("=I", data, netlink.HEADER.size + 12)[0] != mark + 1:
+            continue  # an answer to another listener: the kernel answers with our number and one
+        error = struct.unpack_from("=I", data, _DATA)[0]
+        if error:
+            raise OSError(error, os.strerror(error))
+        return
+    raise ControlMissing(
+        "the kernel tells process events only to the machine's first user and pid namespace; "
+        "run the node there, not inside a container"
+    )
 
 
 def close_connector(sock: socket.socket) -> None:

@@ -69,8 +69,9 @@ class ProcPoll:
 
     def unwatch(self, cell: str) -> None:
         """Forget the cell."""
-        self.stop_polling(cell)
-        self._cells.pop(cell, None)
+        watched = self._cells.pop(cell, None)
+        if watched is not None and watched.timer is not None:
+            watched.timer.cancel()
 
     def stop(self) -> None:
         """Forget every cell."""
@@ -107,14 +108,18 @@ class ProcPoll:
             return 0
         given = 0
         alive = set()
-        for pid in watched.pids():
-            seen = procfs.read_process(pid, watched.uid_map)
-            if seen is None:
-                continue
-            alive.add(pid)
-            given += self._look(cell, watched, pid, seen)
-        for pid in [p for p in watched.known if p not in alive]:
-            given += self._end(cell, watched, pid)
+        try:
+            for pid in watched.pids():
+                seen = procfs.read_process(pid, watched.uid_map)
+                if seen is None:
+                    continue
+                alive.add(pid)
+                given += self._look(cell, watched, pid, seen)
+            for pid in [p for p in watched.known if p not in alive]:
+                given += self._end(cell, watched, pid)
+        except RecordError as error:
+            self.unwatch(cell)
+            self._hooks.record_failed(cell, error)
         return given
 
     def _look(self, cell: str, watched: _Watched, pid: int, seen: procfs.Seen) -> int:
@@ -127,8 +132,7 @@ class ProcPoll:
             given += self._end(cell, watched, pid)
         scope, attribution = self._hooks.scope_of_pid(cell, pid)
         watched.known[pid] = _Known(identity, scope, attribution)
-        self._emit(
-            cell,
+        self._hooks.emit(
             ProcessStarted(
                 t_ns=wall_ns(),
                 mono_ns=mono_ns(),
@@ -145,8 +149,7 @@ class ProcPoll:
         known = watched.known.pop(pid, None)
         if known is None:
             return 0
-        self._emit(
-            cell,
+        self._hooks.emit(
             ProcessExited(
                 t_ns=wall_ns(),
                 mono_ns=mono_ns(),
