@@ -1,0 +1,115 @@
+/* What the parts of vallum-cell share: the wire to the node, errors, and a reader of bounded payloads.
+ *
+ * Wire: SOCK_SEQPACKET messages that begin with `struct message` (native byte order, 32-bit words),
+ * with descriptors by SCM_RIGHTS. Anything longer than a few words travels in a memfd. The Python
+ * side of the same wire is vallum/sandbox/ns/wire.py: change both or neither.
+ */
+#ifndef VALLUM_PROTO_H
+#define VALLUM_PROTO_H
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#define MAX_FDS 64
+#define MAX_TEXT 480
+#define MAX_PAYLOAD (512u << 20)
+#define WARDEN_UID 65535u /* PID 1's user inside a cell; no guest may have it */
+
+struct message {
+    uint32_t op, id;
+    int32_t a, b;
+    char text[MAX_TEXT];
+};
+#define HEAD offsetof(struct message, text)
+
+enum launcher_op { L_CREATE = 1, L_CANCEL = 2, L_REMOVE = 3 };
+enum launcher_reply { L_READY = 1, L_FAILED = 2, L_REMOVED = 3 };
+enum init_op { I_SPAWN = 1, I_SIGNAL = 2, I_KEEPER = 3, I_READ = 4, I_WRITE = 5 };
+enum init_event { E_HELLO = 1, E_STARTED = 2, E_FAILED = 3, E_EXITED = 4, E_KEEPER = 5 };
+enum spawn_flag { SPAWN_LEAF = 1, SPAWN_PTY = 2 };
+enum stage { STAGE_CLONE = 1, STAGE_SETUP = 2, STAGE_USER = 3, STAGE_CWD = 4, STAGE_EXEC = 5, STAGE_FILE = 6 };
+enum door { DOOR_TCP4 = 1, DOOR_DNS4 = 2, DOOR_TCP6 = 4, DOOR_DNS6 = 8, DOOR_DIAG = 16, DOOR_PACKETS = 32 };
+enum spec_flag { SPEC_SINGLE_ID = 1 };
+
+/* --- io.c --- */
+int send_message(int sock, const void *data, size_t size, const int *fds, int count);
+ssize_t recv_message(int sock, void *data, size_t size, int *fds, int *count);
+void close_fds(const int *fds, int count);
+int raise_fd(int fd);                      /* move to a high number, so that low ones can be assigned */
+int write_file(const char *path, const char *text);
+
+struct payload {
+    char *at, *end;
+    bool bad;
+};
+struct payload read_payload(int fd);       /* .at == NULL with errno when it cannot be read */
+uint32_t take_u32(struct payload *p);
+const char *take_str(struct payload *p);   /* never NULL; "" and .bad when malformed */
+const char **take_list(struct payload *p, uint32_t *count, uint32_t most); /* NULL-terminated */
+
+/* --- cell.c, mounts.c, net.c --- */
+struct layer {
+    const char *at, *upper_dir;
+    uint32_t writable, count;
+    const char **lowers;
+};
+struct spec {
+    uint32_t flags, base, range, inner_uid, inner_gid, outer_uid, outer_gid, port, nproc;
+    const char *hostname;
+    uint32_t n_cgroups, n_layers;
+    const char **cgroups;
+    struct layer *layers;
+};
+struct doors {
+    uint32_t mask;
+    int fds[6], count;
+};
+void build_cell(int node, uint32_t id, int payload_fd, volatile pid_t *cell) __attribute__((noreturn));
+void fail(int err, const char *format, ...) __attribute__((noreturn, format(printf, 2, 3)));
+extern int fail_sock;                      /* where fail() sends its sentence */
+
+struct trees {
+    int fds[520];                          /* detached mounts: every lower, then every upper directory */
+    int count;
+};
+void open_trees(const struct spec *spec, struct trees *trees);
+void map_trees(const struct spec *spec, struct trees *trees, int userns);
+void stage_make(const struct spec *spec);
+void stage_move(const struct spec *spec, struct trees *trees);
+void build_tree(const struct spec *spec);
+void enter_tree(void);
+void open_network(const struct spec *spec, struct doors *doors);
+
+/* --- seccomp.c --- */
+int install_walls(void);
+int install_fork_wall(void);
+
+/* --- init.c, command.c --- */
+struct guard {
+    bool single_id;
+    uint32_t uid, gid;                     /* of every command, when single_id */
+};
+void serve_cell(int control, struct guard guard) __attribute__((noreturn));
+struct command {
+    uint32_t op, id;
+    uint32_t flags, extra;                 /* of I_SPAWN */
+    int payload, control, status;
+    struct guard guard;
+};
+void run_command(const struct command *command) __attribute__((noreturn));
+
+/* --- users.c --- */
+struct user {
+    uint32_t uid, gid, groups[65];
+    int n_groups;
+    char name[64], home[256];
+};
+int find_user(const char *wanted, struct user *out); /* 0 or -errno */
+
+/* --- rmtree.c --- */
+int remove_tree(const char *path);         /* 0 or -errno; never follows a symlink, never leaves the file system tree */
+
+#endif

@@ -1,0 +1,474 @@
+"""A live cell of the ``ns`` level: the conversation with its PID 1.
+
+Everything asked of the guest goes through PID 1, which forks a child that becomes the guest user first; nothing here
+opens a path of the guest. What PID 1 answers are facts of the kernel (exit status, errno); host pids are taken from
+the credentials that the kernel attaches to messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import posixpath
+import signal
+import socket
+import struct
+import termios
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from vallum.core.errors import CellGone, GuestFileError, InvalidInput, SandboxError
+from vallum.core.text import keep
+from vallum.sandbox.base import CellSpec, Child, Command, Doors, Exit, Usage
+from vallum.sandbox.cgroup.base import Leaf
+from vallum.sandbox.ns import wire
+from vallum.sandbox.ns.channel import Channel, close_all, make_payload
+from vallum.sandbox.ns.explain import explain_file, explain_spawn
+from vallum.sandbox.ns.lineage import Keeper
+from vallum.sandbox.ns.steps import GroupSteps, LineageSteps
+
+_T = TypeVar("_T")
+
+_USER_VARIABLES = ("HOME", "USER", "LOGNAME")
+_CHUNK = 1 << 20
+_END_WITHIN_S = 10.0
+
+
+@dataclass
+class _Failure:
+    stage: int
+    number: int
+
+
+@dataclass
+class _Job:
+    """One child of PID 1 (or of a keeper), from the request until its exit."""
+
+    id: int
+    channel: Channel
+    begun: asyncio.Future[_Failure | None]
+    ended: asyncio.Future[_Failure | int]
+    told: asyncio.Future[None]
+    pid: int = 0
+    fds: list[int] = field(default_factory=list)
+    """Ours to close until somebody takes them."""
+
+    def take_fds(self) -> list[int]:
+        """Hand them over."""
+        taken, self.fds = self.fds, []
+        return taken
+
+
+@dataclass(eq=False)
+class NsChild(Child):
+    """A running command of this level."""
+
+    job: _Job | None = None
+
+
+class NsCell:
+    """See :class:`vallum.sandbox.base.Cell`."""
+
+    def __init__(
+        self,
+        spec: CellSpec,
+        *,
+        pid: int,
+        pidfd: int,
+        control: socket.socket,
+        doors: Doors,
+        steps: GroupSteps | None,
+        rootless: bool,
+        clean_up: Callable[[NsCell], Awaitable[None]],
+    ) -> None:
+        """Made by :class:`vallum.sandbox.ns.backend.NsBackend` only. ``steps`` None: by lineage."""
+        self.id = spec.id
+        self.pid = pid
+        self.doors = doors
+        self.rootless = rootless
+        self.gone = asyncio.Event()
+        """Set once PID 1 has ended, and with it every process of the cell."""
+        self._spec = spec
+        self._pidfd = pidfd
+        self._clean_up = clean_up
+        self._jobs: dict[int, _Job] = {}
+        self._serial = 0
+        self._closing: asyncio.Task[int] | None = None
+        self._by_group = steps
+        self._by_lineage = LineageSteps(pid, self._kill_init) if steps is None else None
+        self._steps = steps or self._by_lineage or LineageSteps(pid, self._kill_init)
+        self._keepers: dict[int, asyncio.Future[Channel]] = {}
+        self._keepers_due: dict[int, int] = {}
+        self._channels: list[Channel] = []
+        self._control = Channel(control, self._receive, self._lose)
+        asyncio.get_running_loop().add_reader(pidfd, self._see_end)
+
+    # ------------------------------------------------------------------ steps
+
+    async def open_step(self, step: int) -> int | None:
+        """See the contract."""
+        self._check_alive()
+        if self._by_group is not None:
+            return self._by_group.leaf(step).cgroup_id
+        await self._keeper(step)
+        return None
+
+    async def move(self, child: Child, *, step: int) -> None:
+        """See the contract."""
+        self._check_alive()
+        self._steps.move(child.pid, step)
+
+    async def kill_step(self, step: int, *, spare: Child | None = None) -> int:
+        """See the contract."""
+        self._check_alive()
+        return await self._steps.kill(step, spare.pid if spare is not None else None)
+
+    async def freeze(self, *, step: int | None = None) -> None:
+        """See the contract."""
+        self._check_alive()
+        await self._steps.freeze(step)
+
+    async def thaw(self, *, step: int | None = None) -> None:
+        """See the contract."""
+        self._check_alive()
+        await self._steps.thaw(step)
+
+    def pids(self, step: int | None = None) -> list[int]:
+        """See the contract."""
+        return self._steps.pids(step)
+
+    def step_of_pid(self, pid: int) -> tuple[int | None, str, float]:
+        """See the contract."""
+        return self._steps.step_of_pid(pid)
+
+    def step_of_cgroup(self, cgroup_id: int) -> int | None:
+        """See the contract."""
+        return self._steps.step_of_cgroup(cgroup_id)
+
+    def usage(self, step: int | None = None) -> Usage:
+        """See the contract."""
+        return self._steps.usage(step)
+
+    # ------------------------------------------------------------------ commands
+
+    async def spawn(self, command: Command, *, step: int) -> Child:
+        """See the contract."""
+        self._check_alive()
+        if not 0 <= command.extra_pipes <= 32:
+            raise InvalidInput(f"extra_pipes={command.extra_pipes} is not usable: at most 32")
+        user, cwd = command.user or self._spec.image.user, self._resolve(command.cwd or "")
+        payload = wire.encode_spawn(
+            user=user,
+            cwd=cwd,
+            argv=command.argv,
+            environ=self._environ(command),
+            rows=command.rows,
+            columns=command.columns,
+        )
+        flags = wire.SPAWN_PTY if command.pty else 0
+        if self._by_lineage is not None:
+            job = self._request(wire.I_SPAWN, payload, channel=await self._keeper(step), a=flags, b=command.extra_pipes)
+        else:
+            job = await self._request_in_leaf(payload, step, flags, command.extra_pipes)
+        failure = await self._until_begun(job)
+        fds = job.take_fds()
+        if failure is not None:
+            close_all(fds)
+            raise explain_spawn(failure.stage, failure.number, argv0=keep(command.argv[0]), user=user, cwd=cwd)
+        if command.pty:
+            return NsChild(job.pid, fds[0], fds[0], None, fds[1:], job=job)
+        return NsChild(job.pid, fds[0], fds[1], fds[2], fds[3:], job=job)
+
+    async def _request_in_leaf(self, payload: bytes, step: int, flags: int, extra: int) -> _Job:
+        group = self._by_group
+        assert group is not None
+        leaf: Leaf = group.leaf(step)
+        if leaf.fd is not None:
+            return self._request(wire.I_SPAWN, payload, a=flags | wire.SPAWN_LEAF, b=extra, leaf=leaf.fd)
+        async with group.turn:
+            group.visit(step)
+            try:
+                job = self._request(wire.I_SPAWN, payload, a=flags, b=extra)
+                await asyncio.wait([job.told])
+            finally:
+                group.leave()
+        return job
+
+    async def wait(self, child: Child) -> Exit:
+        """See the contract."""
+        job = child.job if isinstance(child, NsChild) else None
+        if job is None:
+            raise InvalidInput("this child is not one of this cell")
+        status = await asyncio.shield(job.ended)
+        if isinstance(status, _Failure):
+            raise SandboxError("the command did not start")
+        if os.WIFSIGNALED(status):
+            return Exit(signal=os.WTERMSIG(status))
+        return Exit(code=os.WEXITSTATUS(status))
+
+    async def signal(self, child: Child, signum: int) -> None:
+        """See the contract. A command that has ended is not signalled, and that is no error."""
+        self._check_alive()
+        if isinstance(child, NsChild) and child.job is not None and not child.job.ended.done():
+            self._send(child.job.channel, wire.Message(wire.I_SIGNAL, child.job.id, signum))
+
+    async def resize(self, child: Child, rows: int, columns: int) -> None:
+        """See the contract. Preconditions: the terminal's descriptor has not been closed.
+
+        Raises:
+            InvalidInput: the command has no terminal, or a size that is none.
+        """
+        if child.stdin is None or not (0 < rows < 65536 and 0 < columns < 65536):
+            raise InvalidInput(f"a terminal cannot be given the size {rows}x{columns}")
+        try:
+            fcntl.ioctl(child.stdin, termios.TIOCSWINSZ, struct.pack("=HHHH", rows, columns, 0, 0))
+        except OSError as error:
+            raise InvalidInput("the command has no terminal that is still open") from error
+
+    # ------------------------------------------------------------------ files
+
+    async def read_file(self, path: str, *, user: str | None = None, limit_bytes: int) -> bytes:
+        """See the contract."""
+        self._check_alive()
+        who, full = user or self._spec.image.user, self._resolve(path)
+        job = self._request(wire.I_READ, wire.encode_read(user=who, path=full, limit_bytes=limit_bytes))
+        await asyncio.wait([job.told])
+        fds = job.take_fds()
+        try:
+            data = await _drain(fds[0]) if fds else b""
+        finally:
+            close_all(fds)
+        await self._until_done(job, verb="read", path=full, user=who)
+        return data
+
+    async def write_file(self, path: str, data: bytes, *, user: str | None = None, mode: int = 0o644) -> None:
+        """See the contract."""
+        self._check_alive()
+        who, full = user or self._spec.image.user, self._resolve(path)
+        job = self._request(wire.I_WRITE, wire.encode_write(user=who, path=full, mode=mode, data=data))
+        await self._until_done(job, verb="written", path=full, user=who)
+
+    async def _until_done(self, job: _Job, *, verb: str, path: str, user: str) -> None:
+        status = await asyncio.shield(job.ended)
+        if isinstance(status, _Failure):
+            raise explain_file(status.stage, status.number, verb=verb, path=path, user=user)
+        if status != 0:
+            raise GuestFileError(
+                f"{path!r} could not be {verb}: the helper in the cell was killed (out of memory?)", "EIO"
+            )
+
+    # ------------------------------------------------------------------ the end
+
+    async def close(self) -> int:
+        """See the contract."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close(), name=f"close-{self.id}")
+        return await asyncio.shield(self._closing)
+
+    async def _close(self) -> int:
+        alive = 0 if self.gone.is_set() else len(self.pids())
+        self._kill_init()
+        try:
+            async with asyncio.timeout(_END_WITHIN_S):
+                await self.gone.wait()
+        except TimeoutError:
+            raise SandboxError(
+                f"cell {self.id} does not end: a process waits in the kernel; its directory is kept"
+            ) from None
+        finally:
+            self.doors.close()
+        self._steps.remove()
+        await self._clean_up(self)
+        return alive
+
+    def _kill_init(self) -> None:
+        self._control.close()
+        for channel in self._channels:
+            channel.close()
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _see_end(self) -> None:
+        """PID 1 is dead, and by then every other process of its pid namespace."""
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        self._lose()
+        self.gone.set()
+
+    def _lose(self) -> None:
+        """The conversation is over: nobody waits any longer."""
+        self._control.close()
+        for channel in self._channels:
+            channel.close()
+        for job in list(self._jobs.values()):
+            close_all(job.take_fds())
+            _refuse(job.told, self._why_gone())
+            _refuse(job.begun, self._why_gone())
+            _refuse(job.ended, self._why_gone())
+        self._jobs.clear()
+        for due in self._keepers.values():
+            _refuse(due, self._why_gone())
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _why_gone(self) -> CellGone:
+        return CellGone(f"cell {self.id} has ended, so nothing more can be done in it; make another")
+
+    def _check_alive(self) -> None:
+        if not self._control.is_open:
+            raise self._why_gone()
+
+    # ------------------------------------------------------------------ the conversation
+
+    def _resolve(self, path: str) -> str:
+        return posixpath.join(self._spec.image.workdir or "/", path)
+
+    def _environ(self, command: Command) -> list[bytes]:
+        own = dict(self._spec.image.environ)
+        if command.user is not None and command.user != self._spec.image.user:
+            for name in _USER_VARIABLES:  # those of another user; PID 1 fills in the right ones
+                own.pop(name, None)
+        merged = {**own, **(command.environ or {})}
+        for name in merged:
+            if not name or "=" in name:
+                raise InvalidInput(f"the variable name {name!r} is not usable: it is empty or contains '='")
+        return [f"{name}={value}".encode("utf-8", "surrogateescape") for name, value in merged.items()]
+
+    def _request(
+        self,
+        op: int,
+        payload: bytes,
+        *,
+        channel: Channel | None = None,
+        a: int = 0,
+        b: int = 0,
+        leaf: int | None = None,
+    ) -> _Job:
+        self._serial = self._serial % 0xFFFFFFF0 + 1
+        loop = asyncio.get_running_loop()
+        job = _Job(
+            self._serial, channel or self._control, loop.create_future(), loop.create_future(), loop.create_future()
+        )
+        fd = make_payload(payload)
+        self._jobs[job.id] = job
+        try:
+            self._send(job.channel, wire.Message(op, job.id, a, b), [fd] if leaf is None else [fd, leaf])
+        except BaseException:
+            self._jobs.pop(job.id, None)
+            raise
+        finally:
+            os.close(fd)
+        return job
+
+    def _send(self, channel: Channel, message: wire.Message, fds: list[int] | None = None) -> None:
+        try:
+            channel.send(message, fds or ())
+        except BrokenPipeError:
+            raise self._why_gone() from None
+
+    async def _until_begun(self, job: _Job) -> _Failure | None:
+        try:
+            return await asyncio.shield(job.begun)
+        except asyncio.CancelledError:
+            # Nobody will own the command: it must not run on.
+            job.begun.add_done_callback(lambda _: self._abandon(job))
+            raise
+
+    def _abandon(self, job: _Job) -> None:
+        close_all(job.take_fds())
+        if not job.ended.done() and job.channel.is_open:
+            job.channel.send(wire.Message(wire.I_SIGNAL, job.id, int(signal.SIGKILL)))
+
+    def _receive(self, message: wire.Message, fds: list[int], pid: int) -> None:
+        job = self._jobs.get(message.id)
+        if message.op == wire.E_KEEPER and len(fds) == 1:
+            self._meet_keeper(message.id, fds[0])
+        elif job is None:
+            close_all(fds)
+            if message.op == wire.E_FAILED and (step := self._keepers_due.pop(message.id, None)) is not None:
+                _refuse(
+                    self._keepers.pop(step),
+                    explain_spawn(message.a, message.b, argv0="a step's keeper", user="", cwd=""),
+                )
+        elif message.op == wire.E_HELLO:
+            job.pid, job.fds = pid, fds
+            _settle(job.told, None)
+        elif message.op == wire.E_STARTED:
+            _settle(job.told, None)
+            _settle(job.begun, None)
+        elif message.op == wire.E_FAILED:
+            failure = _Failure(message.a, message.b)
+            _settle(job.told, None)
+            _settle(job.begun, failure)
+            _settle(job.ended, failure)
+            del self._jobs[job.id]
+        elif message.op == wire.E_EXITED:
+            _settle(job.ended, message.a)
+            del self._jobs[job.id]
+
+    async def _keeper(self, step: int) -> Channel:
+        due = self._keepers.get(step)
+        if due is None:
+            self._serial += 1
+            due = self._keepers[step] = asyncio.get_running_loop().create_future()
+            self._keepers_due[self._serial] = step
+            self._send(self._control, wire.Message(wire.I_KEEPER, self._serial))
+        return await asyncio.shield(due)
+
+    def _meet_keeper(self, ident: int, fd: int) -> None:
+        step = self._keepers_due.pop(ident)
+        sock = socket.socket(fileno=fd)
+
+        def receive(message: wire.Message, fds: list[int], pid: int) -> None:
+            # Its first message says, by the kernel's word, which host pid it has.
+            if message.op == wire.E_HELLO and message.id == ident:
+                if self._by_lineage is not None:
+                    self._by_lineage.keepers[pid] = Keeper(step, pid)
+                _settle(self._keepers[step], channel)
+            else:
+                self._receive(message, fds, pid)
+
+        channel = Channel(sock, receive, self._lose)
+        self._channels.append(channel)
+
+
+def _settle(future: asyncio.Future[_T], value: _T) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _refuse(future: asyncio.Future[_T], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # told to whoever asks; nobody need ask
+
+
+async def _drain(fd: int) -> bytes:
+    """Everything until the end of a non-blocking pipe."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+    parts: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while True:
+                part = os.read(fd, _CHUNK)
+                if not part:
+                    _settle(done, None)
+                    return
+                parts.append(part)
+        except BlockingIOError:
+            return
+
+    loop.add_reader(fd, read)
+    try:
+        await done
+    finally:
+        loop.remove_reader(fd)
+    return b"".join(parts)
