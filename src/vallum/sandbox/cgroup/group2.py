@@ -11,6 +11,7 @@ Not covered: kernels before 5.7 have no CLONE_INTO_CGROUP and are not supported.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -236,7 +237,9 @@ class V2Group:
     def _settle(self) -> None:
         """Move PID 1 from the cell's directory into ``init``, then let leaves count memory and pids each."""
         for pid in files.read_pids(f"{self._path}/cgroup.procs"):
-            self._put(pid, "init")
+            # A short-lived child of PID 1 (a file read, say) may have ended since.
+            with contextlib.suppress(ProcessLookupError):
+                files.write_text(f"{self._path}/init/cgroup.procs", str(pid))
         for controller in ("memory", "pids"):
             if controller in self._controllers:
                 files.set_quota(f"{self._path}/cgroup.subtree_control", f"+{controller}", controller)
