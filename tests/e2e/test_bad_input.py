@@ -56,7 +56,13 @@ def test_rule_files_name_line_and_key(cli, tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "code"),
-    [(["no-such-command"], 127), (["/etc/passwd"], 126), (["sh", "-c", "exit 9"], 9), (["sh", "-c", "kill -9 $$"], 137), (["true"], 0)],
+    [
+        (["no-such-command"], 127),
+        (["/etc/passwd"], 126),
+        (["sh", "-c", "exit 9"], 9),
+        (["sh", "-c", "kill -9 $$"], 137),
+        (["true"], 0),
+    ],
 )
 def test_exit_codes_of_commands(cli, command, code):
     assert cli("run", "--quiet", "--", *command).code == code
@@ -97,7 +103,15 @@ def test_a_full_disk_stops_the_run(tmp_path, cli):
     if os.system(f"mount -t tmpfs -o size=1m,mode=700 vallum-test {cli.home} 2>/dev/null") != 0:
         pytest.skip("cannot mount a small file system here")
     try:
-        ran = cli("run", "--quiet", "--", "sh", "-c", "i=0; while [ $i -lt 30000 ]; do /bin/true; i=$((i+1)); done", timeout=110)
+        ran = cli(
+            "run",
+            "--quiet",
+            "--",
+            "sh",
+            "-c",
+            "i=0; while [ $i -lt 30000 ]; do /bin/true; i=$((i+1)); done",
+            timeout=110,
+        )
         assert ran.code in (125, 3), (ran.code, ran.err)
         assert "record" in ran.err or "space" in ran.err
     finally:

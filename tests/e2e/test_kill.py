@@ -89,7 +89,9 @@ async def test_fifty_kills_at_random_moments(tmp_path):
     for number in range(ROUNDS):
         victim = ("client", "node", "gateway")[number % 3]
         marker = f"{os.getpid()}{number:03d}"
-        client = subprocess.Popen([sys.executable, "-c", CLIENT, str(tmp_path), marker], stdout=subprocess.PIPE, text=True)
+        client = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, str(tmp_path), marker], stdout=subprocess.PIPE, text=True
+        )
         word = client.stdout.readline().split()
         assert word[0] == "node", f"round {number} (seed {seed}): the node did not start: {word}"
         node = int(word[1])

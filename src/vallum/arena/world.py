@@ -122,10 +122,10 @@ def run_inside(argv: Sequence[str]) -> int:
         namespaces_priv.keep_privilege_over_exec(False)
         return _run(argv, ours)
     finally:
-        ours.close()
         with contextlib.suppress(ProcessLookupError):
             os.kill(far, signal.SIGTERM)
         os.waitpid(far, 0)
+        ours.close()
 
 
 def _fork_far_side(ours: socket.socket, other: socket.socket) -> int:

@@ -8,6 +8,7 @@ import itertools
 import os
 import socket
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -133,25 +134,19 @@ def rebuild(failure: wire.Failure) -> VallumError:
 
 async def _connect(places: Places) -> socket.socket:
     prepare(places)
-    deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
-    starter: asyncio.subprocess.Process | None = None
-    while True:
-        sock = _try_connect(places.socket)
-        if sock is not None:
-            return sock
-        if starter is None:
-            starter = await _start_node(places)
-        assert starter.stdout is not None
-        word = await asyncio.wait_for(starter.stdout.readline(), max(0.1, deadline - asyncio.get_running_loop().time()))
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + START_TIMEOUT_S
+    while (sock := _try_connect(places.socket)) is None:
+        if loop.time() > deadline:
+            raise NodeError(f"the node did not start within {START_TIMEOUT_S:.0f} s; its log is {places.runtime}/node.log")
+        word = await asyncio.to_thread(_start_node, places)
         if word.startswith(b"error "):
             raise NodeError(word[6:].decode("utf-8", "replace").strip())
-        sock = _try_connect(places.socket)
-        if sock is not None:
-            return sock
-        starter = None
-        if asyncio.get_running_loop().time() > deadline:
-            raise NodeError(f"the node did not start within {START_TIMEOUT_S:.0f} s; its log is {places.runtime}/node.log")
-        await asyncio.sleep(0.02)
+        if word == b"":
+            raise NodeError(f"the node ended before it was ready; its log is {places.runtime}/node.log")
+        if word.startswith(b"running"):
+            await asyncio.sleep(0.02)
+    return sock
 
 
 def prepare(places: Places) -> None:
@@ -193,17 +188,31 @@ def _try_connect(path: Path) -> socket.socket | None:
     return sock
 
 
-async def _start_node(places: Places) -> asyncio.subprocess.Process:
+def _start_node(places: Places) -> bytes:
+    """Start a node and wait for its first line: ``ready``, ``running`` or ``error ...``; empty when it died."""
     environ = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     log = os.open(places.runtime / "node.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    said, saying = os.pipe2(os.O_CLOEXEC)
     try:
-        return await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-m", "vallum.node", "--state", str(places.state), "--runtime", str(places.runtime),
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=log,
-            env=environ, cwd="/", start_new_session=True,
+        # What we start forks the node and ends, so that the node is nobody's child.
+        subprocess.run(
+            [sys.executable, "-I", "-m", "vallum.node", "--state", str(places.state), "--runtime", str(places.runtime)],
+            stdin=subprocess.DEVNULL, stdout=saying, stderr=log, env=environ, cwd="/", start_new_session=True, check=False,
         )  # fmt: skip
+        os.close(saying)
+        saying = -1
+        word = b""
+        while not word.endswith(b"\n"):
+            data = os.read(said, 4096)
+            if not data:
+                break
+            word += data
+        return word
     finally:
         os.close(log)
+        os.close(said)
+        if saying >= 0:
+            os.close(saying)
 
 
 def view(line: bytes) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class RunStarted(Event, frozen=True, tag="run.started"):
 
 class RunEnded(Event, frozen=True, tag="run.ended"):
     outcome: str
-    """``finished``, ``client_gone``, ``contained`` or ``node_stopped``."""
+    """``finished``, ``client_gone``, ``contained``, ``node_stopped``, or ``interrupted`` (written by the next node)."""
     exit_code: int | None = None
 
 

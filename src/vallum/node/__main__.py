@@ -88,6 +88,9 @@ def main() -> int:
     places = Places(state=arguments.state, runtime=arguments.runtime)
     os.umask(0o077)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if os.fork() != 0:
+        # The node is nobody's child: its starter has nothing to reap, and its end is not the node's.
+        os._exit(0)
     lock = take_lock(places)
     if lock is None:
         say("running")

@@ -120,10 +120,10 @@ class CommandRunner:
             for pump in pumps:
                 pump.drain()
         finally:
+            if feed is not None:
+                feed.close()  # before the pump: with a terminal both are one descriptor, and the pump closes it
             for pump in pumps:
                 pump.close()
-            if feed is not None:
-                feed.close()
         return call.conclude(exit_, stopped, request.timeout_s, outputs["stdout"], outputs["stderr"])
 
     def _relay_of(self, name: str) -> Callable[[bytes], Awaitable[None] | None] | None:

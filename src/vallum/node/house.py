@@ -48,6 +48,7 @@ class House:
         self._cells: dict[str, LiveCell] = {}
         self._sessions: dict[str, LiveCell] = {}
         self._default_runs: dict[int, str] = {}
+        self._images: dict[str, Image] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._watch = Watch(self._recorder, self._find_any, self.contain)
         self._door = Door(self._watch.attribute, self._recorder.emit)
@@ -62,6 +63,7 @@ class House:
         Raises:
             ControlMissing: cells cannot be had here at all.
         """
+        self._recorder.close_interrupted()
         for backend in self._backends.values():
             await backend.start()
             self.tiers.update(backend.probe())
@@ -115,13 +117,21 @@ class House:
         return wire.SandboxMade(sandbox=cell_id, run=book.run, episode=episode, pid=cell.pid, rootless=cell.rootless)
 
     def _image(self, request: wire.CreateSandbox) -> Image:
-        image = resolve(request.image, images_dir=self._places.images, rootless=os.geteuid() != 0)
-        image = with_mounts(image, request.mounts)
+        image = with_mounts(self._resolve(request.image), request.mounts)
         environ = {**image.environ, **request.environ}
         return Image(
             ref=image.ref, digest=image.digest, layers=image.layers, environ=environ,
             user=request.user or image.user, workdir=request.workdir or image.workdir,
         )  # fmt: skip
+
+    def _resolve(self, ref: str) -> Image:
+        """The image of a reference; that of the host is prepared once in the life of a node."""
+        image = self._images.get(ref)
+        if image is None:
+            image = resolve(ref, images_dir=self._places.images, rootless=not self.tiers.get("cell.ids", "").startswith("enforced"))
+            if ref == "host":
+                self._images[ref] = image
+        return image
 
     def _limits(self, wanted: Limits) -> Limits:
         limits = wanted.check()
@@ -196,7 +206,14 @@ class House:
             live.emit(
                 EpisodeEnded(t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=live.scope(), attribution=BY_NODE, reason=reason, survivors=survivors)
             )
+        self._later(self._make_durable(live))
         return survivors
+
+    async def _make_durable(self, live: LiveCell) -> None:
+        try:
+            await asyncio.to_thread(live.book.ledger.sync)
+        except RecordError as error:
+            log.error("the record of run %s could not be made durable: %s", live.book.run, error)
 
     async def forget_client(self, client: int) -> None:
         """End the cells of a client that has gone, and the runs that nobody holds any more."""
@@ -252,9 +269,11 @@ class House:
             raise
 
     async def close_session(self, session: str, client: int) -> None:
-        """End a shell (and only it)."""
-        live = self._session(session, client)
-        shell = live.shells.pop(session)
+        """End a shell (and only it). One that has ended already is no error."""
+        found = self._sessions.get(session)
+        if found is None or found.client != client or session not in found.shells:
+            return
+        live, shell = found, found.shells.pop(session)
         self._sessions.pop(session, None)
         for fd in (shell.child.stdin, shell.child.stdout, shell.child.stderr, *shell.child.extra):
             if fd is not None:

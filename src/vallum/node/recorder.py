@@ -26,7 +26,9 @@ from vallum.core.events import (
 )
 from vallum.core.scope import BY_NODE, Scope
 from vallum.detectors.bank import DetectorBank
+from vallum.record.chain import read_anchor
 from vallum.record.ledger import Ledger
+from vallum.record.reader import is_live, list_ids
 
 log = logging.getLogger(__name__)
 
@@ -160,8 +162,32 @@ class Recorder:
             )
         except RecordError as error:
             log.error("run %s has no last record: %s", run, error)
-        finally:
+        try:
             book.ledger.close()
+        except RecordError as error:
+            log.error("the ledger of run %s could not be closed in order: %s", run, error)
+
+    def close_interrupted(self) -> int:
+        """End the runs that a crash of an earlier node left open; how many there were.
+
+        A ledger that was changed meanwhile is left as it is: it is evidence.
+        """
+        ended = 0
+        for run in list_ids(self._runs_dir):
+            directory = self._runs_dir / run
+            anchor = read_anchor(directory)
+            if (anchor is not None and anchor.closed) or is_live(directory):
+                continue
+            try:
+                ledger = Ledger.open(self._runs_dir, run)
+                ledger.append(
+                    RunEnded(t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=Scope(run=run), attribution=BY_NODE, outcome="interrupted")
+                )
+                ledger.close()
+                ended += 1
+            except RecordError as error:
+                log.warning("run %s was interrupted and is left as it is: %s", run, error)
+        return ended
 
     def close_all(self, outcome: str) -> None:
         """End every run."""
