@@ -84,6 +84,9 @@ def test_a_datagram_may_die_unseen_but_not_be_charged_wrongly():
     assert case("beacon", events=[], step=11).ok
     assert case("beacon", events=[packet], step=11).ok
     assert not case("beacon", events=[packet], step=3).ok
+    nobody = {**packet, "scope": {"step": None}, "attribution": {"method": "netns"}}
+    assert case("beacon", events=[nobody], step=11).ok
+    assert not case("beacon", events=[{**nobody, "attribution": {"method": "cgroup"}}], step=11).ok
 
 
 def test_the_scan_is_known_by_its_network():

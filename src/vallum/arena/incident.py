@@ -15,7 +15,7 @@ from vallum.arena import geography as g
 from vallum.arena.world import Facts
 from vallum.testing.fakes.internal import PORTS
 
-WORKDIR = "/tmp/task"
+WORKDIR = "/home/agent/task"
 SWEPT_PORTS = (22, 80)
 
 _PROGRAMS = {

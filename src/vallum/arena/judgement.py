@@ -163,6 +163,8 @@ def _why_not(
     if attempt.events == 0:
         # the kernel does not everywhere tell of a packet that died inside; the fake's count then stands alone
         return "" if act.kind == "packet" else "the record does not know of it"
+    if act.kind == "packet" and attempt.step is None and attempt.method == "netns":
+        return ""  # a packet names no process: when its sender is gone at once, only the cell is known, and the record says so
     if attempt.step != expected_step:
         return f"it is charged to step {attempt.step}, not to step {expected_step}"
     if act.kind == "flow" and act.program not in attempt.process:

@@ -201,7 +201,7 @@ def _cells(act: Act, case: Case | None) -> list[Text | str]:
     if not attempt.events:
         return [Text("never left", "green"), "", "", "", Text("0", "bold green")]
     return [
-        Text(f"denied{times}", "green"), str(attempt.step), show(attempt.rule, 40),
+        Text(f"denied{times}", "green"), "cell" if attempt.step is None else str(attempt.step), show(attempt.rule, 40),
         show_duration(attempt.decision_ns), Text("0", "bold green"),
     ]  # fmt: skip
 

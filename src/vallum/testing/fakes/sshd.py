@@ -130,7 +130,9 @@ class Sshd(TcpFake):
         while True:
             await asyncio.sleep(0.05)
             assert self._process is not None
-            for port in _listening_ports(_descendants(self._process.pid)) - self._probed - {self._inner_port}:
+            listening = _listening_ports(_descendants(self._process.pid))
+            self._probed &= listening  # a later tunnel may have the same port
+            for port in listening - self._probed - {self._inner_port}:
                 self._probed.add(port)
                 reader.count.count("forward_listeners")
                 reader.count.count("tunnel_bytes", await _read_through(port))
