@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from vallum.core.errors import GatewayError
 from vallum.gateway.link import AttributeCall, EmitCall, GatewayLink
@@ -12,6 +13,12 @@ from vallum.rules.grants import Ruleset
 
 GATEWAY_ID = 0x7FFF_0001
 """User and group of the gateway when the node is root: one that nobody and no cell has."""
+
+
+def is_mapped(number: int, uid_map: str) -> bool:
+    """Whether a user namespace with this ``/proc/PID/uid_map`` has user ``number``."""
+    ranges = [tuple(int(word) for word in line.split()) for line in uid_map.splitlines()]
+    return any(first <= number < first + count for first, _, count in ranges)
 
 
 class Door:
@@ -28,9 +35,10 @@ class Door:
         Raises:
             GatewayError: it does not start.
         """
-        uid, gid = (GATEWAY_ID, GATEWAY_ID) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+        has_own = os.geteuid() == 0 and is_mapped(GATEWAY_ID, Path("/proc/self/uid_map").read_text("ascii"))
+        uid, gid = (GATEWAY_ID, GATEWAY_ID) if has_own else (os.geteuid(), os.getegid())
         self._link = await GatewayLink.start(uid=uid, gid=gid, attribute=self._attribute, emit=self._emit, on_death=on_death)
-        if os.geteuid() != 0:
+        if not has_own:
             return {"gateway.user": "degraded: the gateway runs as you, not as a user of its own; run the node as root"}
         return {"gateway.user": "enforced"}
 

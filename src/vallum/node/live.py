@@ -120,6 +120,14 @@ class LiveCell:
             )  # fmt: skip
         )
 
+    def only_active_step(self) -> int | None:
+        """The step that is open or has a living process, when there is exactly one."""
+        active = {step.index for step in self.steps.values() if step.is_open}
+        shells = {shell.child.pid for shell in self.shells.values()}
+        steps = (self.cell.step_of_pid(pid)[0] for pid in self.cell.pids() if pid not in shells)
+        active.update(step for step in steps if step is not None)
+        return next(iter(active)) if len(active) == 1 else None
+
     def charge_pid(self, pid: int) -> tuple[Scope, Attribution]:
         """Scope of a host process of this cell."""
         step, method, confidence = self.cell.step_of_pid(pid)

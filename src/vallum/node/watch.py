@@ -19,6 +19,10 @@ from vallum.sensors.resources import ResourceSampler
 log = logging.getLogger(__name__)
 
 
+ONLY_STEP_CONFIDENCE = 0.8
+"""Of charging what nobody owns any more to the only step of the cell that is open or has a living process."""
+
+
 class Watch:
     """Every sensor of the node. The sensors' hooks (``vallum.sensors.base.Hooks``) are its methods."""
 
@@ -90,6 +94,9 @@ class Watch:
             self._connector.drain()
         if self._poll is not None:
             self._poll.stop_polling(live.id)
+        reader = self._packets.get(live.id)
+        if reader is not None:
+            reader.settle()
         self._resources.close_step(live.id, step)
 
     # ------------------------------------------------------------------ asked by the gateway and the packet log
@@ -100,7 +107,12 @@ class Watch:
         """``vallum.core.ports.Attributor``."""
         if self._poll is not None:
             self._poll.sweep(cell)
-        return self._sockets.attribute(cell, protocol=protocol, src=src, dst=dst)
+        scope, attribution, process, socket_step = self._sockets.attribute(cell, protocol=protocol, src=src, dst=dst)
+        if scope.step is None and (live := self._find(cell)) is not None:
+            only = live.only_active_step()
+            if only is not None:
+                scope, attribution = live.scope(only), Attribution(method="netns", confidence=ONLY_STEP_CONFIDENCE)
+        return scope, attribution, process, socket_step
 
     # ------------------------------------------------------------------ hooks of the sensors
 

@@ -152,7 +152,7 @@ class NflogReader:
         self._socket = packets
         self._scope = scope
         self._attributor = attributor
-        self._kinds: dict[tuple[str, str, int | None, int | None], _Kind] = {}
+        self._kinds: dict[tuple[str, str, int | None, int | None, int | None], _Kind] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._told_dropped = 0
@@ -179,6 +179,15 @@ class NflogReader:
             self._timer.cancel()
             self._timer = None
 
+    def settle(self) -> None:
+        """Take what has been logged so far and end the window: called when a step closes, so that what it sent is told
+        while it is still known to be running."""
+        if self._loop is not None:
+            self._read()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._flush()
+
     def _read(self) -> None:
         for _ in range(_BATCH):
             if self._loop is None:
@@ -204,7 +213,8 @@ class NflogReader:
                 self.malformed += 1
 
     def _take(self, packet: Packet, uid: int | None) -> None:
-        key = (packet.protocol, packet.dst_ip, packet.dst_port, uid)
+        scope, attribution = self._charge(packet)
+        key = (packet.protocol, packet.dst_ip, packet.dst_port, uid, scope.step)
         kind = self._kinds.get(key)
         if kind is not None:
             kind.more_bytes += packet.bytes
@@ -212,7 +222,6 @@ class NflogReader:
         if len(self._kinds) >= MAX_KINDS:
             self.dropped += 1
             return
-        scope, attribution = self._charge(packet)
         event = PacketDropped(
             t_ns=wall_ns(),
             mono_ns=mono_ns(),
