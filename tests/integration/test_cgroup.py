@@ -279,8 +279,6 @@ def test_a_cell_leaves_nothing(driver, start):
 
 
 def test_sweep_removes_what_a_crash_left_and_nothing_else(driver, make, start, tmp_path):
-    foreign = Path("/sys/fs/cgroup").rglob(f"vallum.{'0' * 8}")
-    assert list(foreign) == []
     crashed = driver.make("crashed", Limits(cpus=1))
     process = start(crashed, 0, "exec sleep 30")
     crashed.freeze()
@@ -368,4 +366,5 @@ def test_an_explicit_base_must_be_one(tmp_path):
 
 
 def find_groups(name):
-    return [path for root in Path("/sys/fs/cgroup").glob("**/vallum.*") for path in root.glob(name)]
+    # Not a glob: groups of others come and go meanwhile, which walk() takes in its stride.
+    return [path for path, _, _ in os.walk("/sys/fs/cgroup") if path.endswith(f"/{name}")]

@@ -27,7 +27,8 @@ from vallum.testing.sandbox_conformance.driving import (
 def find_traces(cell_id: str) -> list[str]:
     """Mounts and cgroups of this machine that carry the cell's name."""
     mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if cell_id in line]
-    groups = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{cell_id}")]
+    # Not a glob: groups of others come and go meanwhile, which walk() takes in its stride.
+    groups = [path for path, _, _ in os.walk("/sys/fs/cgroup") if path.endswith(f"/{cell_id}")]
     return mounts + groups
 
 
