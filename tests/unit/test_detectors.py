@@ -3,6 +3,7 @@
 import itertools
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -367,6 +368,14 @@ def test_recent_forgets_the_oldest():
     for n in itertools.chain(range(3), [0], [9]):
         kept.put(n, n)
     assert list(kept) == [2, 0, 9]
+
+
+@pytest.mark.parametrize("family", catalog.FAMILIES)
+def test_built_in_rules_are_documented_as_they_are(family):
+    page = (Path(__file__).parents[2] / "docs" / "detectors.md").read_text()
+    for rule in catalog.load(family).values():
+        severity = rule.severity + (f" ({rule.severity_allowed})" if rule.severity_allowed else "")
+        assert f"| `{rule.id}` | {severity} | {', '.join(rule.attack)} | {rule.maturity} | {rule.description} |" in page
 
 
 @pytest.mark.parametrize("family", catalog.FAMILIES)
