@@ -20,6 +20,11 @@ def test_nearest_rank():
     assert (figure.p50, figure.p95, figure.p99) == (50.0, 95.0, 99.0)
 
 
+def test_of_a_rate_the_slow_end_is_told():
+    figure = summarise("x", OURS, "MB/s", [float(n) for n in range(1, 101)])
+    assert (figure.p50, figure.p95, figure.p99) == (50.0, 6.0, 2.0)
+
+
 def test_ratios_are_to_ours_for_the_same_thing():
     ours, theirs = summarise("x", OURS, "ms", [2.0]), summarise("x", "peer", "ms", [5.0])
     assert ratio(theirs, [ours, theirs]) == 2.5

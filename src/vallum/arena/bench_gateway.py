@@ -25,6 +25,7 @@ from vallum.arena.figures import OURS, Figure, missing, summarise
 from vallum.client.face import Node
 from vallum.client.places import Places
 from vallum.core.errors import NodeError
+from vallum.testing.fakes.mirror import PACKAGE
 
 DENIED, REQUESTS, BULK_RATE = (
     "refused connection, as the client sees it",
@@ -88,10 +89,12 @@ async def _measure(
     async with _cell_client(places) if places is not None else _plain_client() as client:
         host, port = server or (g.MIRROR_NAME, g.MIRROR[1])
         figures = []
-        if not prefix:
+        if server is None or server == g.MIRROR:  # a relay refuses nothing
             refused = await client(["denied", str(repetitions), g.MIRROR[0], str(_REFUSED_PORT), "-", "-"])
             figures.append(summarise(DENIED, subject, "ms", refused))
-        small = await client(["requests", str(repetitions), host, str(port), g.MIRROR_NAME, f"{prefix}/"])
+        small = await client(
+            ["requests", str(repetitions), host, str(port), g.MIRROR_NAME, f"{prefix}/packages/{PACKAGE}"]
+        )
         large = await client(
             ["bulk", str(max(3, repetitions // 20)), host, str(port), g.MIRROR_NAME, f"{prefix}/packages/{BULK}"]
         )

@@ -10,13 +10,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from vallum.arena.figures import OURS, Figure, summarise
-from vallum.arena.sandbox_peers import PEERS, open_peer
+from vallum.arena.sandbox_peers import MANY, PEERS, Names, open_peer
 from vallum.client.face import Node, Sandbox
 from vallum.client.places import Places
 
 CREATE, EXEC, SESSION, DESTROY = "create and first true", "true in a running one", "session.run of true", "destroy"
-AT_ONCE, MEMORY = "50 at once, time for each", "memory of an idle one"
-MANY = 50
+AT_ONCE, MEMORY = f"{MANY} at once, time for each", "memory of an idle one (PSS; the kernel's own not counted)"
 
 
 async def run(places: Places, repetitions: int) -> list[Figure]:
@@ -31,7 +30,9 @@ async def run(places: Places, repetitions: int) -> list[Figure]:
     figures.append(summarise(CREATE, "subprocess.run (no walls)", "ms", await _time_each(repetitions, _run_plain)))
     for peer in PEERS:
         async with open_peer(peer) as opened:
-            figures += await opened.measure(repetitions, CREATE, EXEC, DESTROY)
+            figures += await opened.measure(
+                repetitions, Names(create=CREATE, execute=EXEC, destroy=DESTROY, at_once=AT_ONCE)
+            )
     return figures
 
 

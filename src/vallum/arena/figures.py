@@ -34,8 +34,12 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def summarise(what: str, subject: str, unit: str, samples: Sequence[float]) -> Figure:
-    """The figure of a list of samples (at least one). Percentiles are nearest-rank, so they are samples that occurred."""
-    ordered = sorted(samples)
+    """The figure of a list of samples (at least one).
+
+    Percentiles are nearest-rank, so they are samples that occurred: 95 of 100 were at least as good as
+    the p95. Good is low, but for a rate (a unit per second).
+    """
+    ordered = sorted(samples, reverse=unit.endswith("/s"))
 
     def rank(share: float) -> float:
         return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1))]

@@ -25,6 +25,8 @@ from vallum.arena.figures import Figure, missing, summarise
 _TOP_LINKS = ("bin", "sbin", "lib", "lib32", "lib64")
 _NAMESPACES = ("pid", "network", "ipc", "uts", "mount")
 COMMAND_TIMEOUT_S = 60.0
+MANY = 50
+"""How many are started at once."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,16 @@ PEERS = (
 )
 
 
+@dataclass(frozen=True)
+class Names:
+    """What the figures are called."""
+
+    create: str
+    execute: str
+    destroy: str
+    at_once: str
+
+
 class Missing(Exception):  # noqa: N818 - not a failure: a peer that is not there
     """The peer cannot be measured here."""
 
@@ -58,19 +70,25 @@ class Peer:
         self._bundle = directory / "bundle"
         self._base = [kind.name, *kind.options, "--root", str(directory / "state")] if kind.is_oci else [kind.name]
 
-    async def measure(self, repetitions: int, create: str, execute: str, destroy: str) -> list[Figure]:
+    async def measure(self, repetitions: int, names: Names) -> list[Figure]:
         """Its figures, or why there are none."""
-        name = self.kind.name
-        if shutil.which(name) is None:
-            return [missing(create, name, "ms", f"not installed: {self.kind.install}")]
+        subject = self.kind.name
+        if shutil.which(subject) is None:
+            return [missing(names.create, subject, "ms", f"not installed: {self.kind.install}")]
         try:
-            if not self.kind.is_oci:
-                return [summarise(create, name, "ms", await self._time(repetitions, self._bwrap))]
-            self._make_bundle()
-            figures = [summarise(create, name, "ms", await self._time(repetitions, self._run_once))]
-            return figures + await self._measure_running(repetitions, execute, destroy)
+            if self.kind.is_oci:
+                self._make_bundle()
+            once = self._run_once if self.kind.is_oci else self._bwrap
+            figures = [summarise(names.create, subject, "ms", await self._time(repetitions, once))]
+            figures.append(summarise(names.at_once, subject, "ms", [await self._time_many(once)]))
+            return figures + (await self._measure_running(repetitions, names) if self.kind.is_oci else [])
         except Missing as error:
-            return [missing(create, name, "ms", str(error))]
+            return [missing(names.create, subject, "ms", str(error))]
+
+    async def _time_many(self, make: Callable[[], list[str]]) -> float:
+        started = time.perf_counter()
+        await asyncio.gather(*(self._call(make()) for _ in range(MANY)))
+        return (time.perf_counter() - started) * 1000 / MANY
 
     async def _time(self, repetitions: int, make: Callable[[], list[str]]) -> list[float]:
         await self._call(make())
@@ -82,7 +100,7 @@ class Peer:
             samples.append((time.perf_counter() - started) * 1000)
         return samples
 
-    async def _measure_running(self, repetitions: int, execute: str, destroy: str) -> list[Figure]:
+    async def _measure_running(self, repetitions: int, names: Names) -> list[Figure]:
         self._write_config(["sleep", "600"])
         name = _make_id()
         await self._call(
@@ -94,7 +112,10 @@ class Peer:
             started = time.perf_counter()
             await self._call([*self._base, "delete", "--force", name])
             gone = (time.perf_counter() - started) * 1000
-        return [summarise(execute, self.kind.name, "ms", executed), summarise(destroy, self.kind.name, "ms", [gone])]
+        return [
+            summarise(names.execute, self.kind.name, "ms", executed),
+            summarise(names.destroy, self.kind.name, "ms", [gone]),
+        ]
 
     def _run_once(self) -> list[str]:
         return [*self._base, "run", "-b", str(self._bundle), _make_id()]
@@ -150,7 +171,7 @@ class Peer:
         (self._bundle / "config.json").write_text(json.dumps(config), "utf-8")
 
     async def _call(self, argv: list[str]) -> None:
-        log = self._directory / "log"
+        log = self._directory / f"log-{secrets.token_hex(4)}"
         with log.open("wb") as target:  # a detached container keeps what it is given, so no pipe
             process = await asyncio.create_subprocess_exec(
                 *argv, stdin=asyncio.subprocess.DEVNULL, stdout=target, stderr=target

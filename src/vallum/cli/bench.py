@@ -13,6 +13,7 @@ import click
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vallum.arena import bench_gateway, bench_sandbox
 from vallum.arena.figures import Bench, Figure, ratio
@@ -20,6 +21,7 @@ from vallum.arena.sandbox_peers import describe_machine
 from vallum.arena.world import VARIABLE, command_inside
 from vallum.client.places import Places
 from vallum.core.errors import NodeError
+from vallum.core.text import show
 
 NAMES = ("sandbox", "gateway", "record")
 REPETITIONS = {"sandbox": 30, "gateway": 200, "record": 2000}
@@ -114,7 +116,7 @@ def _print(found: Bench) -> None:
         table.add_column(column, justify="right" if column != "unit" else "left")
     for figure in sorted(found.figures, key=lambda figure: figure.what):
         if figure.missing:
-            table.add_row(figure.what, figure.subject, f"[dim]missing: {figure.missing}[/]", "", "", "", "", "")
+            table.add_row(figure.what, Text(f"{figure.subject} missing: {show(figure.missing)}", "dim"), *[""] * 6)
             continue
         multiple = ratio(figure, found.figures)
         numbers = [

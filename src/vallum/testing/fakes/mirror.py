@@ -45,6 +45,8 @@ class PackageMirror(HttpFake):
     ) -> None:
         super().__init__(endpoints)
         self.packages = dict(packages) if packages is not None else {PACKAGE: TOY}
+        """Name -> content; fixed from here on."""
+        self._digests = {name: hashlib.sha256(content).hexdigest() for name, content in self.packages.items()}
 
     def sha256(self, package: str) -> str:
         """Hex digest of a package.
@@ -52,7 +54,7 @@ class PackageMirror(HttpFake):
         Raises:
             KeyError: the mirror has no such package.
         """
-        return hashlib.sha256(self.packages[package]).hexdigest()
+        return self._digests[package]
 
     def respond(self, method: str, target: str, headers: dict[str, str], count: Received) -> tuple[int, bytes, str]:
         """``/`` is the index, ``/packages/NAME`` a file."""
