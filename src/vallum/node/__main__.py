@@ -20,7 +20,7 @@ from vallum.client.places import Places
 from vallum.core.errors import VallumError
 from vallum.node.house import House
 from vallum.node.server import Server
-from vallum.node.wiring import make_backends
+from vallum.node.wiring import make_backends, make_driver
 
 LOCK_WAIT_S = 15.0
 """How long a node that is just ending may hold the lock."""
@@ -53,7 +53,8 @@ def take_lock(places: Places) -> int | None:
 
 async def serve(places: Places) -> None:
     """Run until the last client has gone, a signal comes, or a part fails that the node cannot do without."""
-    house = House(places, make_backends(places))
+    driver = make_driver(places)
+    house = House(places, make_backends(places, driver))
     loop = asyncio.get_running_loop()
     server = Server(house)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -77,6 +78,8 @@ async def serve(places: Places) -> None:
         await server.drop_all()
     finally:
         await house.stop()
+        if driver is not None:
+            driver.close()
 
 
 def main() -> int:

@@ -117,7 +117,7 @@ class House:
         return wire.SandboxMade(sandbox=cell_id, run=book.run, episode=episode, pid=cell.pid, rootless=cell.rootless)
 
     def _image(self, request: wire.CreateSandbox) -> Image:
-        image = with_mounts(self._resolve(request.image), request.mounts)
+        image = with_mounts(self._resolve(request.image), request.mounts, refuse=[self._places.state, self._places.runtime])
         environ = {**image.environ, **request.environ}
         return Image(
             ref=image.ref, digest=image.digest, layers=image.layers, environ=environ,
@@ -128,7 +128,7 @@ class House:
         """The image of a reference; that of the host is prepared once in the life of a node."""
         image = self._images.get(ref)
         if image is None:
-            image = resolve(ref, images_dir=self._places.images, rootless=not self.tiers.get("cell.ids", "").startswith("enforced"))
+            image = resolve(ref, images_dir=self._places.images, rootless=not self.tiers.get("cell.users", "").startswith("enforced"))
             if ref == "host":
                 self._images[ref] = image
         return image

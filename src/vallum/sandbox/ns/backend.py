@@ -185,12 +185,22 @@ class NsBackend:
             self._launcher.close()
             self._launcher = None
         self._fail_waiting()
-        if self._process is not None:
-            process, self._process = self._process, None
-            await asyncio.to_thread(_reap, process)
+        await self._reap_launcher()
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+    async def _reap_launcher(self) -> None:
+        """It ends with its socket; insist after a while."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        for _ in range(2000):
+            if process.poll() is not None:
+                return
+            await asyncio.sleep(0.001)
+        process.kill()
+        process.wait()
 
     # ------------------------------------------------------------------ create
 
@@ -285,6 +295,9 @@ class NsBackend:
     ) -> tuple[wire.Message, list[int]]:
         if self._launcher is None:
             raise SandboxError("the launcher of cells is not running; start the node again")
+        if not self._launcher.is_open:
+            await self._reap_launcher()
+            self._start_launcher()
         self._serial = self._serial % 0xFFFFFFF0 + 1
         ident = self._serial
         future: asyncio.Future[tuple[wire.Message, list[int]]] = asyncio.get_running_loop().create_future()
@@ -295,7 +308,7 @@ class NsBackend:
             async with asyncio.timeout(within_s):
                 return await future
         except BrokenPipeError:
-            raise SandboxError("the launcher of cells has ended; start the node again") from None
+            raise SandboxError("the launcher of cells has ended, and its cells with it; try again") from None
         except TimeoutError:
             self._cancel(ident)
             raise SandboxError(
@@ -326,7 +339,7 @@ class NsBackend:
     def _fail_waiting(self) -> None:
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(SandboxError("the launcher of cells has ended; start the node again"))
+                future.set_exception(SandboxError("the launcher of cells has ended, and its cells with it; try again"))
 
 
 def replace_user(spec: CellSpec, user: str) -> CellSpec:
@@ -409,12 +422,3 @@ def describe(*, has_range: bool, why_not: str, doors: Doors) -> dict[str, str]:
         else "degraded: who owns a connection is not known; load the kernel module inet_diag",
         "disk.quota": "missing: the cells' own layers share one file system; keep them on one of a fitting size",
     }
-
-
-def _reap(process: subprocess.Popen[bytes]) -> None:
-    """It ends with its socket; wait, and insist after a while."""
-    try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
