@@ -89,7 +89,9 @@ class House:
             check_id(request.episode, "the episode id")
         backend = self._backends.get(request.level)
         if backend is None:
-            raise InvalidInput(f"there is no isolation level {request.level!r}: use one of {', '.join(sorted(self._backends))}")
+            raise InvalidInput(
+                f"there is no isolation level {request.level!r}: use one of {', '.join(sorted(self._backends))}"
+            )
         own = parse_ruleset(request.rules, request.rules_name) if request.rules is not None else None
         ruleset = compose(request.containment, own=own, allow=request.allow)
         image = self._image(request)
@@ -104,8 +106,16 @@ class House:
         try:
             book.emit(
                 EpisodeStarted(
-                    t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=live.scope(), attribution=BY_NODE, sandbox=cell_id, image=image.ref,
-                    image_digest=image.digest, level=request.level, containment=ruleset.containment, rules=ruleset.describe(),
+                    t_ns=clock.wall_ns(),
+                    mono_ns=clock.mono_ns(),
+                    scope=live.scope(),
+                    attribution=BY_NODE,
+                    sandbox=cell_id,
+                    image=image.ref,
+                    image_digest=image.digest,
+                    level=request.level,
+                    containment=ruleset.containment,
+                    rules=ruleset.describe(),
                     limits={name: getattr(limits, name) for name in limits.__struct_fields__},
                 )  # fmt: skip
             )
@@ -117,7 +127,9 @@ class House:
         return wire.SandboxMade(sandbox=cell_id, run=book.run, episode=episode, pid=cell.pid, rootless=cell.rootless)
 
     def _image(self, request: wire.CreateSandbox) -> Image:
-        image = with_mounts(self._resolve(request.image), request.mounts, refuse=[self._places.state, self._places.runtime])
+        image = with_mounts(
+            self._resolve(request.image), request.mounts, refuse=[self._places.state, self._places.runtime]
+        )
         environ = {**image.environ, **request.environ}
         return Image(
             ref=image.ref, digest=image.digest, layers=image.layers, environ=environ,
@@ -128,7 +140,11 @@ class House:
         """The image of a reference; that of the host is prepared once in the life of a node."""
         image = self._images.get(ref)
         if image is None:
-            image = resolve(ref, images_dir=self._places.images, rootless=not self.tiers.get("cell.users", "").startswith("enforced"))
+            image = resolve(
+                ref,
+                images_dir=self._places.images,
+                rootless=not self.tiers.get("cell.users", "").startswith("enforced"),
+            )
             if ref == "host":
                 self._images[ref] = image
         return image
@@ -138,7 +154,9 @@ class House:
         can = {name for name, control in QUOTAS.items() if self.tiers.get(control, "missing").startswith("enforced")}
         for name, control in QUOTAS.items():
             if getattr(limits, name) is not None and name not in can:
-                raise ControlMissing(f"the limit {name} was asked for but cannot be enforced here: {self.tiers.get(control, 'missing: not built yet')}")
+                raise ControlMissing(
+                    f"the limit {name} was asked for but cannot be enforced here: {self.tiers.get(control, 'missing: not built yet')}"
+                )
         return limits.with_defaults(can)
 
     def _book(self, request: wire.CreateSandbox, client: int, containment: str) -> RunBook:
@@ -150,8 +168,16 @@ class House:
         if is_new:
             book.emit(
                 RunStarted(
-                    t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=Scope(run=run), attribution=BY_NODE, command=request.command,
-                    containment=containment, version=__version__, host=platform.node(), kernel=platform.release(), tiers=self.tiers,
+                    t_ns=clock.wall_ns(),
+                    mono_ns=clock.mono_ns(),
+                    scope=Scope(run=run),
+                    attribution=BY_NODE,
+                    command=request.command,
+                    containment=containment,
+                    version=__version__,
+                    host=platform.node(),
+                    kernel=platform.release(),
+                    tiers=self.tiers,
                 )  # fmt: skip
             )
         return book
@@ -204,7 +230,14 @@ class House:
             self._sessions.pop(session, None)
         with contextlib.suppress(RecordError):
             live.emit(
-                EpisodeEnded(t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=live.scope(), attribution=BY_NODE, reason=reason, survivors=survivors)
+                EpisodeEnded(
+                    t_ns=clock.wall_ns(),
+                    mono_ns=clock.mono_ns(),
+                    scope=live.scope(),
+                    attribution=BY_NODE,
+                    reason=reason,
+                    survivors=survivors,
+                )
             )
         self._later(self._make_durable(live))
         return survivors
@@ -291,7 +324,9 @@ class House:
 
     async def read_file(self, request: wire.ReadFile, client: int) -> bytes:
         """Read a file of a cell."""
-        return await self.get(request.sandbox, client).cell.read_file(request.path, user=request.user, limit_bytes=request.limit_bytes)
+        return await self.get(request.sandbox, client).cell.read_file(
+            request.path, user=request.user, limit_bytes=request.limit_bytes
+        )
 
     async def write_file(self, request: wire.WriteFile, client: int) -> None:
         """Write a file of a cell; it is recorded as the node's own act."""
@@ -299,8 +334,14 @@ class House:
         await live.cell.write_file(request.path, request.data, user=request.user, mode=request.mode)
         live.emit(
             FileWrite(
-                t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=live.scope(), attribution=BY_NODE, path=request.path,
-                bytes=len(request.data), sha256=sha256(request.data).hexdigest(), source="sdk",
+                t_ns=clock.wall_ns(),
+                mono_ns=clock.mono_ns(),
+                scope=live.scope(),
+                attribution=BY_NODE,
+                path=request.path,
+                bytes=len(request.data),
+                sha256=sha256(request.data).hexdigest(),
+                source="sdk",
             )  # fmt: skip
         )
 
@@ -309,11 +350,15 @@ class House:
     async def events(self, request: wire.Events) -> wire.EventPage:
         """A page of a run's events. Reads and checks in a thread: a long ledger must not hold up the cells."""
         directory = self._places.runs / check_id(request.run, "the run id")
-        return await asyncio.to_thread(read_page, directory, request.episode, request.start, min(max(request.limit, 1), 50_000))
+        return await asyncio.to_thread(
+            read_page, directory, request.episode, request.start, min(max(request.limit, 1), 50_000)
+        )
 
     def status(self) -> wire.NodeStatus:
         """What the node is doing."""
-        return wire.NodeStatus(version=__version__, pid=os.getpid(), cells=len(self._cells), clients=self.clients, tiers=self.tiers)
+        return wire.NodeStatus(
+            version=__version__, pid=os.getpid(), cells=len(self._cells), clients=self.clients, tiers=self.tiers
+        )
 
     # ------------------------------------------------------------------ failing closed
 
@@ -330,15 +375,21 @@ class House:
             now = clock.mono_ns()
             live.emit(
                 ContainmentAction(
-                    t_ns=clock.wall_ns(), mono_ns=now, scope=live.scope(), attribution=BY_NODE, action="kill_cell", target=live.id,
-                    reason=reason, latency_ns=now - since_ns,
+                    t_ns=clock.wall_ns(),
+                    mono_ns=now,
+                    scope=live.scope(),
+                    attribution=BY_NODE,
+                    action="kill_cell",
+                    target=live.id,
+                    reason=reason,
+                    latency_ns=now - since_ns,
                 )  # fmt: skip
             )
 
     def _go_blind(self, run: str, why: str) -> None:
         for live in list(self._cells.values()):
             if live.book.run == run:
-                self.contain(live, f"stopped because its record cannot be written: {why}")
+                self.contain(live, f"stopped because it can no longer be recorded or judged: {why}")
 
     def _lose_gateway(self, why: str) -> None:
         for live in list(self._cells.values()):
