@@ -24,16 +24,30 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             return
         compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
-            raise SystemExit("vallum: no C compiler found to build the cell's PID 1; install one (Debian, Ubuntu: apt-get install gcc libc6-dev)")
+            raise SystemExit(
+                "vallum: no C compiler found to build the cell's PID 1; install one (Debian, Ubuntu: apt-get install gcc libc6-dev)"
+            )
         BINARY.parent.mkdir(parents=True, exist_ok=True)
         temporary = BINARY.with_suffix(".new")
         command = [
-            compiler, "-std=gnu11", "-O2", "-static", "-Wall", "-Wextra", "-Werror=implicit-function-declaration",
-            "-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-o", str(temporary), *sorted(str(p) for p in SOURCES.glob("*.c")),
+            compiler,
+            "-std=gnu11",
+            "-O2",
+            "-static",
+            "-Wall",
+            "-Wextra",
+            "-Werror=implicit-function-declaration",
+            "-fstack-protector-strong",
+            "-D_FORTIFY_SOURCE=2",
+            "-o",
+            str(temporary),
+            *sorted(str(p) for p in SOURCES.glob("*.c")),
         ]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
-            raise SystemExit(f"vallum: compiling native/*.c failed (is the static C library there? Debian, Ubuntu: apt-get install libc6-dev linux-libc-dev):\n{result.stderr}")
+            raise SystemExit(
+                f"vallum: compiling native/*.c failed (is the static C library there? Debian, Ubuntu: apt-get install libc6-dev linux-libc-dev):\n{result.stderr}"
+            )
         temporary.replace(BINARY)
         build_data["pure_python"] = False
         build_data["infer_tag"] = True

@@ -57,10 +57,14 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
-    def run(self, command: str, *, timeout_s: float | None = None, tool_call: str | None = None, step: int | None = None) -> ExecResult:
+    def run(
+        self, command: str, *, timeout_s: float | None = None, tool_call: str | None = None, step: int | None = None
+    ) -> ExecResult:
         """See :meth:`vallum.Session.run`."""
         return _loop.run(self._inner.run(command, timeout_s=timeout_s, tool_call=tool_call, step=step))
 
@@ -74,12 +78,20 @@ class Sandbox:
 
     def __init__(self, inner: face.Sandbox) -> None:
         self._inner = inner
-        self.id, self.run, self.episode, self.pid, self.rootless = inner.id, inner.run, inner.episode, inner.pid, inner.rootless
+        self.id, self.run, self.episode, self.pid, self.rootless = (
+            inner.id,
+            inner.run,
+            inner.episode,
+            inner.pid,
+            inner.rootless,
+        )
 
     def __enter__(self) -> Sandbox:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def exec(self, argv: list[str | bytes] | list[str], **options: Any) -> ExecResult:
@@ -127,7 +139,9 @@ class Node:
         _loop.run(self._inner.__aenter__())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property

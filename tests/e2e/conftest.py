@@ -31,9 +31,14 @@ class Cli:
         environ = {**os.environ, "VALLUM_HOME": str(self.home)}
         environ.pop("PYTEST_CURRENT_TEST", None)
         ran = subprocess.run(
-            [sys.executable, "-m", "vallum", *map(str, arguments)], input=stdin, stdin=subprocess.DEVNULL if stdin is None else None,
-            capture_output=True, text=True, timeout=timeout, env=environ,
-        )  # fmt: skip
+            [sys.executable, "-m", "vallum", *map(str, arguments)],
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environ,
+        )
         return Ran(ran.returncode, ran.stdout, ran.stderr)
 
     def events(self, run="latest", **wanted):

@@ -19,21 +19,20 @@ async def node(home):
 
 
 async def test_the_example_of_the_design(home):
-    async with vallum.Node(home=home) as node:
-        async with node.sandbox(image="host", containment="standard") as sb:
-            r = await sb.exec(["python3", "-c", "print(1)"], timeout_s=10)
-            assert (r.exit_code, r.stdout, r.stderr, r.step) == (0, b"1\n", b"", 0)
-            async with sb.session() as sh:
-                out = await sh.run("cd /tmp && ls")
-                assert out.exit_code == 0
-                assert (await sh.run("pwd")).stdout == b"/tmp\n"
-            async with sb.step(tool_call="call_7") as step:
-                first = await sb.exec(["sh", "-c", "echo a"])
-                second = await sb.exec(["sh", "-c", "echo b"])
-                assert first.step == second.step == step
-            await sb.write_file("/tmp/a", b"\x00bytes")
-            assert await sb.read_file("/tmp/a") == b"\x00bytes"
-            events = await node.events(run=sb.run, episode=sb.episode)
+    async with vallum.Node(home=home) as node, node.sandbox(image="host", containment="standard") as sb:
+        r = await sb.exec(["python3", "-c", "print(1)"], timeout_s=10)
+        assert (r.exit_code, r.stdout, r.stderr, r.step) == (0, b"1\n", b"", 0)
+        async with sb.session() as sh:
+            out = await sh.run("cd /tmp && ls")
+            assert out.exit_code == 0
+            assert (await sh.run("pwd")).stdout == b"/tmp\n"
+        async with sb.step(tool_call="call_7") as step:
+            first = await sb.exec(["sh", "-c", "echo a"])
+            second = await sb.exec(["sh", "-c", "echo b"])
+            assert first.step == second.step == step
+        await sb.write_file("/tmp/a", b"\x00bytes")
+        assert await sb.read_file("/tmp/a") == b"\x00bytes"
+        events = await node.events(run=sb.run, episode=sb.episode)
     kinds = [event["kind"] for event in events]
     assert kinds[0] == "episode.started"
     calls = [e for e in events if e["kind"] == "tool.call" and e["scope"]["tool_call"] == "call_7"]

@@ -30,7 +30,12 @@ def converse(shell, commands):
         os.dup2(low[1], 4)
 
     process = subprocess.Popen(
-        make_argv(shell), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, close_fds=False, preexec_fn=wire
+        make_argv(shell),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        close_fds=False,
+        preexec_fn=wire,  # noqa: PLW1509 - one thread,
     )
     os.close(script_r)
     os.close(status_w)

@@ -56,15 +56,39 @@ async def _attempt_all(node: Node) -> list[dict[str, Any]]:
         for user in users:
             ran = await cell.exec(["/usr/bin/python3", "-I", "-c", PROGRAM], user=user, timeout_s=60)
             if ran.exit_code == 127:
-                return [{"control": "attempts", "state": "degraded", "detail": "/usr/bin/python3 is not there, so nothing was attempted from inside", "remedy": "apt-get install python3"}]
+                return [
+                    {
+                        "control": "attempts",
+                        "state": "degraded",
+                        "detail": "/usr/bin/python3 is not there, so nothing was attempted from inside",
+                        "remedy": "apt-get install python3",
+                    }
+                ]
             if ran.exit_code != 0:
-                return [{"control": "attempts", "state": "missing", "detail": show(ran.stderr.decode("utf-8", "replace"), 400), "remedy": "report this as a bug"}]
+                return [
+                    {
+                        "control": "attempts",
+                        "state": "missing",
+                        "detail": show(ran.stderr.decode("utf-8", "replace"), 400),
+                        "remedy": "report this as a bug",
+                    }
+                ]
             results[user] = msgspec.json.decode(ran.stdout, type=dict[str, tuple[str, str]])
     found = []
     for control in CONTROLS:
-        broken = [f"{name} as {user}: {results[user][name][1]}" for user in users for name in control.attempts if results[user][name][0] != "denied"]
+        broken = [
+            f"{name} as {user}: {results[user][name][1]}"
+            for user in users
+            for name in control.attempts
+            if results[user][name][0] != "denied"
+        ]
         found.append(
-            {"control": control.name, "state": "missing" if broken else "enforced", "detail": "; ".join(broken) or control.promise, "remedy": control.remedy if broken else ""}
+            {
+                "control": control.name,
+                "state": "missing" if broken else "enforced",
+                "detail": "; ".join(broken) or control.promise,
+                "remedy": control.remedy if broken else "",
+            }
         )
     return found
 
@@ -72,7 +96,12 @@ async def _attempt_all(node: Node) -> list[dict[str, Any]]:
 def _from_tier(name: str, word: str) -> dict[str, Any]:
     state, _, rest = word.partition(":")
     detail, _, remedy = rest.partition(";")
-    return {"control": name, "state": state if state in EXIT_CODES else "missing", "detail": detail.strip(), "remedy": remedy.strip()}
+    return {
+        "control": name,
+        "state": state if state in EXIT_CODES else "missing",
+        "detail": detail.strip(),
+        "remedy": remedy.strip(),
+    }
 
 
 def _print(controls: list[dict[str, Any]], worst: str) -> None:

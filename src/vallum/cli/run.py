@@ -45,12 +45,30 @@ def parse_size(text: str) -> int:
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--rules", "rules_file", metavar="FILE", help="Rule file (TOML).")
-@click.option("--allow", multiple=True, metavar="HOST[:PORT]", help="Grant a host, *.wildcard, address or CIDR. Repeatable.")
-@click.option("--containment", type=click.Choice(["locked", "standard", "research"]), help="How much is granted from the start [default: standard].")
+@click.option(
+    "--allow", multiple=True, metavar="HOST[:PORT]", help="Grant a host, *.wildcard, address or CIDR. Repeatable."
+)
+@click.option(
+    "--containment",
+    type=click.Choice(["locked", "standard", "research"]),
+    help="How much is granted from the start [default: standard].",
+)
 @click.option("--image", default="host", show_default=True, metavar="REF", help="host, or dir:PATH.")
-@click.option("--mount", "mounts", multiple=True, metavar="SRC:DST[:ro]", help="Show a host directory inside, copy-on-write: the host is never written. Repeatable.")
+@click.option(
+    "--mount",
+    "mounts",
+    multiple=True,
+    metavar="SRC:DST[:ro]",
+    help="Show a host directory inside, copy-on-write: the host is never written. Repeatable.",
+)
 @click.option("--work", metavar="DIR", help="Show DIR copy-on-write at /work and start there.")
-@click.option("--env", "environ", multiple=True, metavar="NAME=VALUE", help="Set a variable inside (nothing of yours is passed by itself). Repeatable.")
+@click.option(
+    "--env",
+    "environ",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set a variable inside (nothing of yours is passed by itself). Repeatable.",
+)
 @click.option("--user", metavar="NAME", help="User inside the cell (default: agent).")
 @click.option("--cpus", type=float, metavar="N", help="Cores, e.g. 1.5.")
 @click.option("--memory", metavar="SIZE", help="e.g. 512M, 2G.")
@@ -58,7 +76,12 @@ def parse_size(text: str) -> int:
 @click.option("--timeout", "timeout_s", type=float, metavar="S", help="End it after S seconds (exit code 124).")
 @click.option("--run", "run_id", metavar="ID", help="Id of the run (default: a new one).")
 @click.option("--level", default="ns", show_default=True, help="Isolation level.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end; the command's own output goes to stderr.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One JSON object on stdout at the end; the command's own output goes to stderr.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="No summary.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
@@ -70,24 +93,37 @@ def run(places: Places, /, command: tuple[str, ...], **options: Any) -> None:
     """
     if not command:
         raise click.UsageError("give a command: vallum run -- CMD ARG...")
+    if options["work"]:
+        options["work"] = os.path.abspath(options["work"])  # noqa: PTH100 - no symlink is resolved: the user named this path
     sys.exit(asyncio.run(_run(places, list(command), options)))
 
 
 async def _run(places: Places, command: list[str], options: dict[str, Any]) -> int:
     limits = Limits(
-        cpus=options["cpus"], memory_bytes=parse_size(options["memory"]) if options["memory"] else None, pids=options["pids"]
+        cpus=options["cpus"],
+        memory_bytes=parse_size(options["memory"]) if options["memory"] else None,
+        pids=options["pids"],
     ).check()
     mounts = list(options["mounts"])
     workdir = None
     if options["work"]:
-        mounts.append(f"{os.path.abspath(options['work'])}:/work")  # noqa: PTH100
+        mounts.append(f"{options['work']}:/work")
         workdir = "/work"
     async with Node(places=places) as node:
         sandbox = await node.sandbox(
-            options["image"], containment=options["containment"], allow=options["allow"], rules=options["rules_file"], mounts=mounts,
-            limits=limits, run=options["run_id"] or make_run_id(), environ=_environ(options["environ"]), user=options["user"],
-            workdir=workdir, level=options["level"], command=command,
-        )  # fmt: skip
+            options["image"],
+            containment=options["containment"],
+            allow=options["allow"],
+            rules=options["rules_file"],
+            mounts=mounts,
+            limits=limits,
+            run=options["run_id"] or make_run_id(),
+            environ=_environ(options["environ"]),
+            user=options["user"],
+            workdir=workdir,
+            level=options["level"],
+            command=command,
+        )
         code, failure = 125, None
         try:
             result = await _attend(sandbox, command, options)
@@ -128,7 +164,13 @@ async def _attend(sandbox: Sandbox, command: list[str], options: dict[str, Any])
         _write_all(out if stream == "stdout" else 2, data)
 
     process = sandbox.start(
-        command, timeout_s=options["timeout_s"], interactive=True, pty=pty, rows=size.lines, columns=size.columns, on_output=write
+        command,
+        timeout_s=options["timeout_s"],
+        interactive=True,
+        pty=pty,
+        rows=size.lines,
+        columns=size.columns,
+        on_output=write,
     )
     loop = asyncio.get_running_loop()
     for signum in FORWARDED:
@@ -232,17 +274,29 @@ def _print_summary(sandbox: Sandbox, code: int, events: list[EventView]) -> None
         process = event.get("process") or {}
         step = event["scope"]["step"]
         who = show(" ".join(process.get("argv") or []) or process.get("exe") or "?", 60)
-        say(click.style("   denied ", fg="red") + f"step {step if step is not None else '?'}  {show(_target(event), 80)}  rule {event['rule']}  pid {process.get('pid', '?')} {who}")
+        say(
+            click.style("   denied ", fg="red")
+            + f"step {step if step is not None else '?'}  {show(_target(event), 80)}  rule {event['rule']}  pid {process.get('pid', '?')} {who}"
+        )
     if len(denials) > SHOWN_ATTEMPTS:
         say(f"   ... and {len(denials) - SHOWN_ATTEMPTS} more")
     for event in events:
         if event["kind"] == "finding":
-            say(click.style("   finding ", fg="yellow") + f"step {event['scope']['step']}  {event['severity']}  {show(event['title'], 80)}  {' '.join(event['attack'])}")
-    say(f"   look: vallum show {sandbox.run}    report: vallum report {sandbox.run}    check: vallum verify {sandbox.run}")
+            say(
+                click.style("   finding ", fg="yellow")
+                + f"step {event['scope']['step']}  {event['severity']}  {show(event['title'], 80)}  {' '.join(event['attack'])}"
+            )
+    say(
+        f"   look: vallum show {sandbox.run}    report: vallum report {sandbox.run}    check: vallum verify {sandbox.run}"
+    )
 
 
 def _figures(used: Used) -> str:
-    parts = [f"{used.steps} step{'s' * (used.steps != 1)}", f"{used.processes} process{'es' * (used.processes != 1)}", f"{used.denied} denied"]
+    parts = [
+        f"{used.steps} step{'s' * (used.steps != 1)}",
+        f"{used.processes} process{'es' * (used.processes != 1)}",
+        f"{used.denied} denied",
+    ]
     if used.findings:
         parts.append(f"{used.findings} finding{'s' * (used.findings != 1)}")
     if used.cpu_ns is not None:

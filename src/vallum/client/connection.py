@@ -138,7 +138,9 @@ async def _connect(places: Places) -> socket.socket:
     deadline = loop.time() + START_TIMEOUT_S
     while (sock := _try_connect(places.socket)) is None:
         if loop.time() > deadline:
-            raise NodeError(f"the node did not start within {START_TIMEOUT_S:.0f} s; its log is {places.runtime}/node.log")
+            raise NodeError(
+                f"the node did not start within {START_TIMEOUT_S:.0f} s; its log is {places.runtime}/node.log"
+            )
         word = await asyncio.to_thread(_start_node, places)
         if word.startswith(b"error "):
             raise NodeError(word[6:].decode("utf-8", "replace").strip())
@@ -163,11 +165,15 @@ def prepare(places: Places) -> None:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = directory.lstat()
             if found.st_uid != os.geteuid() or directory.is_symlink():
-                raise NodeError(f"{directory} belongs to uid {found.st_uid}, not to you: remove it or set VALLUM_HOME to a directory of your own")
+                raise NodeError(
+                    f"{directory} belongs to uid {found.st_uid}, not to you: remove it or set VALLUM_HOME to a directory of your own"
+                )
             if found.st_mode & 0o077:
                 directory.chmod(0o700)
         except OSError as error:
-            raise NodeError(f"cannot make {directory}: {error.strerror}; set VALLUM_HOME to a directory that you may write") from error
+            raise NodeError(
+                f"cannot make {directory}: {error.strerror}; set VALLUM_HOME to a directory that you may write"
+            ) from error
 
 
 def _try_connect(path: Path) -> socket.socket | None:
@@ -191,14 +197,22 @@ def _try_connect(path: Path) -> socket.socket | None:
 def _start_node(places: Places) -> bytes:
     """Start a node and wait for its first line: ``ready``, ``running`` or ``error ...``; empty when it died."""
     environ = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    log = os.open(places.runtime / "node.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    log = os.open(
+        places.runtime / "node.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+    )
     said, saying = os.pipe2(os.O_CLOEXEC)
     try:
         # What we start forks the node and ends, so that the node is nobody's child.
         subprocess.run(
             [sys.executable, "-I", "-m", "vallum.node", "--state", str(places.state), "--runtime", str(places.runtime)],
-            stdin=subprocess.DEVNULL, stdout=saying, stderr=log, env=environ, cwd="/", start_new_session=True, check=False,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=saying,
+            stderr=log,
+            env=environ,
+            cwd="/",
+            start_new_session=True,
+            check=False,
+        )
         os.close(saying)
         saying = -1
         word = b""

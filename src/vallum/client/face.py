@@ -84,7 +84,9 @@ class Node:
         self.tiers, self.pid = welcome.tiers, welcome.pid
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -144,10 +146,22 @@ class Node:
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidInput(f"cannot read rule file {rules_path}: {error}") from error
         request = wire.CreateSandbox(
-            seq=self.connection.next_seq(), image=image, containment=containment, allow=list(allow), rules=text,
-            rules_name=str(rules_path or ""), mounts=list(mounts), limits=(limits or Limits()).check(), run=run,
-            episode=episode, environ=dict(environ or {}), user=user, workdir=workdir, level=level, command=list(command),
-        )  # fmt: skip
+            seq=self.connection.next_seq(),
+            image=image,
+            containment=containment,
+            allow=list(allow),
+            rules=text,
+            rules_name=str(rules_path or ""),
+            mounts=list(mounts),
+            limits=(limits or Limits()).check(),
+            run=run,
+            episode=episode,
+            environ=dict(environ or {}),
+            user=user,
+            workdir=workdir,
+            level=level,
+            command=list(command),
+        )
         return SandboxOpener(self, request)
 
     async def events(self, *, run: str, episode: str | None = None) -> list[EventView]:
@@ -182,7 +196,9 @@ class SandboxOpener:
         self._sandbox = await self._open()
         return self._sandbox
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._sandbox is not None
         await self._sandbox.close()
 
@@ -229,7 +245,15 @@ class Sandbox:
             CellGone: the cell has ended.
         """
         process = self.start(
-            argv, timeout_s=timeout_s, stdin=stdin, environ=environ, cwd=cwd, user=user, tool_call=tool_call, step=step, on_output=on_output
+            argv,
+            timeout_s=timeout_s,
+            stdin=stdin,
+            environ=environ,
+            cwd=cwd,
+            user=user,
+            tool_call=tool_call,
+            step=step,
+            on_output=on_output,
         )
         return await process.wait()
 
@@ -254,16 +278,31 @@ class Sandbox:
         if not argv:
             raise InvalidInput("the command is empty: give at least the program's name")
         request = wire.Exec(
-            seq=self._connection.next_seq(), sandbox=self.id, argv=[os.fsencode(a) for a in argv],
-            step=self._step if step is None else step, tool_call=tool_call, environ=dict(environ or {}), cwd=cwd, user=user,
-            stdin=stdin.encode() if isinstance(stdin, str) else stdin, interactive=interactive, timeout_s=timeout_s,
-            stream=on_output is not None, pty=pty, rows=rows, columns=columns,
-        )  # fmt: skip
+            seq=self._connection.next_seq(),
+            sandbox=self.id,
+            argv=[os.fsencode(a) for a in argv],
+            step=self._step if step is None else step,
+            tool_call=tool_call,
+            environ=dict(environ or {}),
+            cwd=cwd,
+            user=user,
+            stdin=stdin.encode() if isinstance(stdin, str) else stdin,
+            interactive=interactive,
+            timeout_s=timeout_s,
+            stream=on_output is not None,
+            pty=pty,
+            rows=rows,
+            columns=columns,
+        )
         return Process(self._connection, request, on_output)
 
-    def session(self, *, environ: Mapping[str, str] | None = None, cwd: str | None = None, user: str | None = None) -> SessionOpener:
+    def session(
+        self, *, environ: Mapping[str, str] | None = None, cwd: str | None = None, user: str | None = None
+    ) -> SessionOpener:
         """A persistent shell: ``async with sb.session() as sh: await sh.run("cd /tmp && ls")``."""
-        request = wire.OpenSession(seq=self._connection.next_seq(), sandbox=self.id, environ=dict(environ or {}), cwd=cwd, user=user)
+        request = wire.OpenSession(
+            seq=self._connection.next_seq(), sandbox=self.id, environ=dict(environ or {}), cwd=cwd, user=user
+        )
         return SessionOpener(self, self._connection, request)
 
     @asynccontextmanager
@@ -271,13 +310,17 @@ class Sandbox:
         """Charge every command in the block to one step. Yields its index."""
         if self._step is not None:
             raise InvalidInput(f"step {self._step} is still open: steps of a sandbox object do not nest")
-        index = await self._connection.call(wire.OpenStep(seq=self._connection.next_seq(), sandbox=self.id, tool_call=tool_call), int)
+        index = await self._connection.call(
+            wire.OpenStep(seq=self._connection.next_seq(), sandbox=self.id, tool_call=tool_call), int
+        )
         self._step = index
         try:
             yield index
         finally:
             self._step = None
-            await self._connection.call(wire.CloseStep(seq=self._connection.next_seq(), sandbox=self.id, step=index), type(None))
+            await self._connection.call(
+                wire.CloseStep(seq=self._connection.next_seq(), sandbox=self.id, step=index), type(None)
+            )
 
     @property
     def current_step(self) -> int | None:
@@ -290,7 +333,9 @@ class Sandbox:
         Raises:
             GuestFileError: ``errno_name`` says why (ENOENT, EACCES, EISDIR, EFBIG...).
         """
-        request = wire.ReadFile(seq=self._connection.next_seq(), sandbox=self.id, path=path, user=user, limit_bytes=limit_bytes)
+        request = wire.ReadFile(
+            seq=self._connection.next_seq(), sandbox=self.id, path=path, user=user, limit_bytes=limit_bytes
+        )
         return await self._connection.call(request, bytes)
 
     async def write_file(self, path: str, data: bytes | str, *, user: str | None = None, mode: int = 0o644) -> None:
@@ -300,7 +345,9 @@ class Sandbox:
             GuestFileError: ``errno_name`` says why.
         """
         raw = data.encode() if isinstance(data, str) else bytes(data)
-        request = wire.WriteFile(seq=self._connection.next_seq(), sandbox=self.id, path=path, data=raw, user=user, mode=mode)
+        request = wire.WriteFile(
+            seq=self._connection.next_seq(), sandbox=self.id, path=path, data=raw, user=user, mode=mode
+        )
         await self._connection.call(request, type(None))
 
     async def close(self, *, exit_code: int | None = None) -> None:
@@ -359,7 +406,9 @@ class SessionOpener:
         self._session = await self._open()
         return self._session
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._session is not None
         await self._session.close()
 
@@ -375,7 +424,9 @@ class Session:
         self._connection = connection
         self.id = session
 
-    async def run(self, command: str, *, timeout_s: float | None = None, tool_call: str | None = None, step: int | None = None) -> ExecResult:
+    async def run(
+        self, command: str, *, timeout_s: float | None = None, tool_call: str | None = None, step: int | None = None
+    ) -> ExecResult:
         """Run a command line; one step of its own unless inside ``sb.step()`` or ``step=`` is given.
 
         Raises:
@@ -384,7 +435,12 @@ class Session:
         """
         index = self._sandbox.current_step if step is None else step
         request = wire.SessionRun(
-            seq=self._connection.next_seq(), session=self.id, command=command, step=index, tool_call=tool_call, timeout_s=timeout_s
+            seq=self._connection.next_seq(),
+            session=self.id,
+            command=command,
+            step=index,
+            tool_call=tool_call,
+            timeout_s=timeout_s,
         )
         return _result(await self._connection.call(request, wire.Ran))
 
@@ -395,6 +451,10 @@ class Session:
 
 def _result(ran: wire.Ran) -> ExecResult:
     return ExecResult(
-        exit_code=ran.exit_code, stdout=ran.stdout, stderr=ran.stderr, step=ran.step, duration_s=ran.duration_ns / 1e9,
+        exit_code=ran.exit_code,
+        stdout=ran.stdout,
+        stderr=ran.stderr,
+        step=ran.step,
+        duration_s=ran.duration_ns / 1e9,
         truncated=len(ran.stdout) < ran.stdout_bytes or len(ran.stderr) < ran.stderr_bytes,
-    )  # fmt: skip
+    )

@@ -98,15 +98,26 @@ class VallumSandboxEnvironment(SandboxEnvironment):
         """Build the sample's cell; its episode is named after the sample and epoch."""
         wanted = cls._config(config)
         sandbox = await cls._nodes[task_name].sandbox(
-            wanted.image, containment=wanted.containment, allow=wanted.allow, rules=wanted.rules, mounts=wanted.mounts, level=wanted.level,
-            limits=Limits(memory_bytes=wanted.memory_bytes, cpus=wanted.cpus, pids=wanted.pids), run=cls._runs[task_name], episode=_episode(),
-        )  # fmt: skip
+            wanted.image,
+            containment=wanted.containment,
+            allow=wanted.allow,
+            rules=wanted.rules,
+            mounts=wanted.mounts,
+            level=wanted.level,
+            limits=Limits(memory_bytes=wanted.memory_bytes, cpus=wanted.cpus, pids=wanted.pids),
+            run=cls._runs[task_name],
+            episode=_episode(),
+        )
         where = await sandbox.exec(["pwd"])
         return {"default": cls(sandbox, where.stdout.decode().strip())}
 
     @classmethod
     async def sample_cleanup(
-        cls, task_name: str, config: SandboxEnvironmentConfigType | None, environments: dict[str, SandboxEnvironment], interrupted: bool
+        cls,
+        task_name: str,
+        config: SandboxEnvironmentConfigType | None,
+        environments: dict[str, SandboxEnvironment],
+        interrupted: bool,
     ) -> None:
         """End the sample's cell."""
         for environment in environments.values():
@@ -126,7 +137,9 @@ class VallumSandboxEnvironment(SandboxEnvironment):
             return VallumConfig(image=config)
         if config is None:
             return VallumConfig()
-        raise InvalidInput(f"a sandbox config of type {type(config).__name__} cannot be used: give an image reference or a VallumConfig")
+        raise InvalidInput(
+            f"a sandbox config of type {type(config).__name__} cannot be used: give an image reference or a VallumConfig"
+        )
 
     async def exec(
         self,
@@ -173,7 +186,9 @@ class VallumSandboxEnvironment(SandboxEnvironment):
     async def read_file(self, file: str, text: bool = True) -> str | bytes:
         """Read a file, relative to the cell's working directory."""
         try:
-            data = await self.sandbox.read_file(self._absolute(file), limit_bytes=SandboxEnvironmentLimits.MAX_READ_FILE_SIZE)
+            data = await self.sandbox.read_file(
+                self._absolute(file), limit_bytes=SandboxEnvironmentLimits.MAX_READ_FILE_SIZE
+            )
         except GuestFileError as error:
             if error.errno_name == "EFBIG":
                 raise OutputLimitExceededError(SandboxEnvironmentLimits.MAX_READ_FILE_SIZE_STR, None) from error
@@ -186,7 +201,9 @@ class VallumSandboxEnvironment(SandboxEnvironment):
 
 def _os_error(error: GuestFileError, file: str) -> OSError:
     number = getattr(errno, error.errno_name, errno.EIO)
-    text = {"EISDIR": "Is a directory", "EACCES": "Permission denied", "ENOENT": "No such file or directory"}.get(error.errno_name, str(error))
+    text = {"EISDIR": "Is a directory", "EACCES": "Permission denied", "ENOENT": "No such file or directory"}.get(
+        error.errno_name, str(error)
+    )
     return _ERRORS.get(error.errno_name, OSError)(number, text, file)
 
 

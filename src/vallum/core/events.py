@@ -46,6 +46,8 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunStarted(Event, frozen=True, tag="run.started"):
+    """The first record of a run (and again when a later client goes on in it)."""
+
     command: list[str]
     """What was asked for; empty for an SDK run."""
     containment: str
@@ -58,12 +60,16 @@ class RunStarted(Event, frozen=True, tag="run.started"):
 
 
 class RunEnded(Event, frozen=True, tag="run.ended"):
+    """The last record of a run."""
+
     outcome: str
     """``finished``, ``client_gone``, ``contained``, ``node_stopped``, or ``interrupted`` (written by the next node)."""
     exit_code: int | None = None
 
 
 class EpisodeStarted(Event, frozen=True, tag="episode.started"):
+    """A cell is ready, with these rules and limits."""
+
     sandbox: str
     """Id of the cell."""
     image: str
@@ -79,6 +85,8 @@ class EpisodeStarted(Event, frozen=True, tag="episode.started"):
 
 
 class EpisodeEnded(Event, frozen=True, tag="episode.ended"):
+    """A cell has ended and everything in it."""
+
     reason: str
     """``closed``, ``client_gone``, ``contained``, ``cell_died`` or ``node_stopped``."""
     survivors: int
@@ -86,6 +94,8 @@ class EpisodeEnded(Event, frozen=True, tag="episode.ended"):
 
 
 class StepOpened(Event, frozen=True, tag="step.opened"):
+    """What happens from here on in this cgroup is charged to the step."""
+
     cause: str
     """``exec``, ``session``, ``block`` (several commands in one step), ``file`` or ``tool_call``."""
     cgroup_id: int | None
@@ -93,6 +103,8 @@ class StepOpened(Event, frozen=True, tag="step.opened"):
 
 
 class StepClosed(Event, frozen=True, tag="step.closed"):
+    """The agent went on. What the step left running is charged to it for ever."""
+
     duration_ns: int
     exit_code: int | None
     """Of its last command; None when it has none."""
@@ -130,6 +142,8 @@ class ToolResult(Event, frozen=True, tag="tool.result"):
 
 
 class ProcessStarted(Event, frozen=True, tag="process.started"):
+    """A program was executed in the cell."""
+
     process: Process
     ppid: int
     sensor: str
@@ -137,6 +151,8 @@ class ProcessStarted(Event, frozen=True, tag="process.started"):
 
 
 class ProcessExited(Event, frozen=True, tag="process.exited"):
+    """A program of the cell ended."""
+
     pid: int
     exit_code: int | None
     signal: int | None
@@ -170,6 +186,8 @@ class Flow(Event, frozen=True, tag="net.flow"):
 
 
 class DnsQuery(Event, frozen=True, tag="dns.query"):
+    """A name that the guest asked for, decided before anything was asked upstream."""
+
     qname: str
     qtype: str
     verdict: Verdict
@@ -195,6 +213,8 @@ class PacketDropped(Event, frozen=True, tag="net.packet"):
 
 
 class FileWrite(Event, frozen=True, tag="file.write"):
+    """A file that was written, where that is known."""
+
     path: str
     bytes: int
     sha256: str
@@ -203,7 +223,7 @@ class FileWrite(Event, frozen=True, tag="file.write"):
 
 
 class ResourceSample(Event, frozen=True, tag="resource.sample"):
-    """Of the step when the scope has one, of the whole cell otherwise. None where the kernel does not tell."""
+    """What was in use: of the step when the scope has one, of the whole cell otherwise. None where the kernel does not tell."""
 
     cpu_ns: int | None
     memory_bytes: int | None
@@ -235,6 +255,8 @@ class Finding(Event, frozen=True, tag="finding"):
 
 
 class ContainmentAction(Event, frozen=True, tag="containment.action"):
+    """What was done to contain, and how long it took."""
+
     action: Literal["cut_flow", "kill_step", "freeze_step", "kill_cell", "freeze_cell", "hold", "release"]
     target: str
     reason: str
@@ -291,7 +313,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(AnyEvent)
+_decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
 
 def encode(event: AnyEvent) -> bytes:
@@ -305,4 +327,5 @@ def decode(raw: bytes) -> AnyEvent:
     Raises:
         msgspec.MsgspecError: not an event of this schema.
     """
-    return _decoder.decode(raw)
+    event: AnyEvent = _decoder.decode(raw)
+    return event

@@ -45,7 +45,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def with_defaults(self, enforceable: set[str]) -> Limits:
         """These limits with :data:`DEFAULTS` filled in for the names in ``enforceable`` that are not given."""
-        missing = {name: value for name, value in DEFAULTS.items() if name in enforceable and getattr(self, name) is None}
+        missing = {
+            name: value for name, value in DEFAULTS.items() if name in enforceable and getattr(self, name) is None
+        }
         return msgspec.structs.replace(self, **missing)
 
 

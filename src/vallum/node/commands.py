@@ -13,7 +13,15 @@ from typing import Any
 
 from vallum.client import wire
 from vallum.core import clock
-from vallum.core.errors import CellGone, CommandNotExecutable, CommandNotFound, Contained, SandboxError, StepTimeout, VallumError
+from vallum.core.errors import (
+    CellGone,
+    CommandNotExecutable,
+    CommandNotFound,
+    Contained,
+    SandboxError,
+    StepTimeout,
+    VallumError,
+)
 from vallum.core.events import ToolCall, ToolResult
 from vallum.core.scope import BY_NODE
 from vallum.core.text import keep
@@ -80,12 +88,21 @@ class CommandRunner:
         """
         request, live = self._request, self._live
         step = await live.enter_step(request.step, "exec", request.tool_call)
-        arguments: dict[str, object] = {"argv": [keep(word) for word in request.argv], "cwd": request.cwd, "user": request.user}
+        arguments: dict[str, object] = {
+            "argv": [keep(word) for word in request.argv],
+            "cwd": request.cwd,
+            "user": request.user,
+        }
         call = Call(live, step, "exec", arguments)
         command = Command(
-            argv=request.argv, environ=request.environ or None, cwd=request.cwd, user=request.user,
-            pty=request.pty, rows=request.rows, columns=request.columns,
-        )  # fmt: skip
+            argv=request.argv,
+            environ=request.environ or None,
+            cwd=request.cwd,
+            user=request.user,
+            pty=request.pty,
+            rows=request.rows,
+            columns=request.columns,
+        )
         try:
             child = await live.cell.spawn(command, step=step.index)
         except (CommandNotFound, CommandNotExecutable) as error:
@@ -101,7 +118,11 @@ class CommandRunner:
     async def _follow(self, call: Call, step: Step, child: Child) -> wire.Ran:
         request, live = self._request, self._live
         outputs = {"stdout": Capture(live.limits.output_bytes), "stderr": Capture(live.limits.output_bytes)}
-        pumps = [Pump(fd, outputs[name], self._relay_of(name)) for name, fd in (("stdout", child.stdout), ("stderr", child.stderr)) if fd is not None]
+        pumps = [
+            Pump(fd, outputs[name], self._relay_of(name))
+            for name, fd in (("stdout", child.stdout), ("stderr", child.stderr))
+            if fd is not None
+        ]
         feed = Feed(child.stdin, closes=not request.pty) if child.stdin is not None else None
         self.running = Running(live=live, step=step, child=child, feed=feed, cancelled=asyncio.Event())
         if feed is not None:
@@ -133,7 +154,9 @@ class CommandRunner:
         return lambda data: relay(name, data)
 
 
-async def wait_or_stop(running: Running, timeout_s: float | None, done: asyncio.Future[Exit] | None = None) -> tuple[Exit, str]:
+async def wait_or_stop(
+    running: Running, timeout_s: float | None, done: asyncio.Future[Exit] | None = None
+) -> tuple[Exit, str]:
     """Wait for the command; at its time-out or cancellation end everything its step started.
 
     Returns how it ended and why it was stopped (empty, ``timeout`` or ``cancelled``).
@@ -150,7 +173,9 @@ async def wait_or_stop(running: Running, timeout_s: float | None, done: asyncio.
         try:
             return await asyncio.wait_for(asyncio.shield(ended), KILL_WAIT_S), stopped
         except TimeoutError:
-            raise SandboxError(f"a command of cell {live.id} could not be killed within {KILL_WAIT_S:.0f} s: the cell is given up") from None
+            raise SandboxError(
+                f"a command of cell {live.id} could not be killed within {KILL_WAIT_S:.0f} s: the cell is given up"
+            ) from None
     finally:
         cancelled.cancel()
         if not ended.done():
@@ -166,42 +191,69 @@ class Call:
         self._started_ns = clock.mono_ns()
         self._id = live.emit(
             ToolCall(
-                t_ns=clock.wall_ns(), mono_ns=self._started_ns, scope=live.scope(step.index), attribution=BY_NODE,
-                name=name, arguments=json.dumps(arguments, ensure_ascii=True),
-            )  # fmt: skip
+                t_ns=clock.wall_ns(),
+                mono_ns=self._started_ns,
+                scope=live.scope(step.index),
+                attribution=BY_NODE,
+                name=name,
+                arguments=json.dumps(arguments, ensure_ascii=True),
+            )
         )
 
     def finish(
-        self, exit_code: int | None, *, error: VallumError | None = None, stdout: Capture | None = None,
-        captured: Capture | None = None, stderr: bytes = b"", timed_out: bool = False,
-    ) -> wire.Ran:  # fmt: skip
+        self,
+        exit_code: int | None,
+        *,
+        error: VallumError | None = None,
+        stdout: Capture | None = None,
+        captured: Capture | None = None,
+        stderr: bytes = b"",
+        timed_out: bool = False,
+    ) -> wire.Ran:
         """Write the result and give the answer."""
         now = clock.mono_ns()
         total = (stdout.total if stdout else 0) + (captured.total if captured else 0)
         self._step.exit_code = exit_code
         self._live.emit(
             ToolResult(
-                t_ns=clock.wall_ns(), mono_ns=now, scope=self._live.scope(self._step.index), attribution=BY_NODE, call=self._id,
-                exit_code=exit_code, duration_ns=now - self._started_ns, output_bytes=total,
-                output_sha256=stdout.sha256 if stdout else "", timed_out=timed_out,
+                t_ns=clock.wall_ns(),
+                mono_ns=now,
+                scope=self._live.scope(self._step.index),
+                attribution=BY_NODE,
+                call=self._id,
+                exit_code=exit_code,
+                duration_ns=now - self._started_ns,
+                output_bytes=total,
+                output_sha256=stdout.sha256 if stdout else "",
+                timed_out=timed_out,
                 error=f"{type(error).__name__}: {error}" if error else "",
-            )  # fmt: skip
+            )
         )
         return wire.Ran(
-            exit_code=exit_code if exit_code is not None else 125, stdout=stdout.kept() if stdout else b"",
-            stderr=captured.kept() if captured else stderr, stdout_bytes=stdout.total if stdout else 0,
-            stderr_bytes=captured.total if captured else len(stderr), step=self._step.index,
-            duration_ns=now - self._started_ns, timed_out=timed_out,
-        )  # fmt: skip
+            exit_code=exit_code if exit_code is not None else 125,
+            stdout=stdout.kept() if stdout else b"",
+            stderr=captured.kept() if captured else stderr,
+            stdout_bytes=stdout.total if stdout else 0,
+            stderr_bytes=captured.total if captured else len(stderr),
+            step=self._step.index,
+            duration_ns=now - self._started_ns,
+            timed_out=timed_out,
+        )
 
-    def conclude(self, exit_: Exit, stopped: str, timeout_s: float | None, stdout: Capture, stderr: Capture) -> wire.Ran:
+    def conclude(
+        self, exit_: Exit, stopped: str, timeout_s: float | None, stdout: Capture, stderr: Capture
+    ) -> wire.Ran:
         """Write the result of a command that ran, close its own step, and answer or raise what stopped it."""
-        ran = self.finish(None if stopped else exit_.status, stdout=stdout, captured=stderr, timed_out=stopped == "timeout")
+        ran = self.finish(
+            None if stopped else exit_.status, stdout=stdout, captured=stderr, timed_out=stopped == "timeout"
+        )
         self.close_own_step()
         if self._live.contained:
             raise Contained(self._live.contained)
         if stopped == "timeout":
-            error = StepTimeout(f"the command did not end within {timeout_s:g} s; it and everything its step started were killed")
+            error = StepTimeout(
+                f"the command did not end within {timeout_s:g} s; it and everything its step started were killed"
+            )
             error.partial = ran
             raise error
         if stopped:
@@ -223,12 +275,16 @@ async def open_shell(live: LiveCell, request: wire.OpenSession, session: str) ->
     step = await live.open_step("session", None)
     try:
         for path in SHELLS:
-            command = Command(argv=make_argv(path), environ=request.environ or None, cwd=request.cwd, user=request.user, extra_pipes=2)
+            command = Command(
+                argv=make_argv(path), environ=request.environ or None, cwd=request.cwd, user=request.user, extra_pipes=2
+            )
             with contextlib.suppress(CommandNotFound):
                 child = await live.cell.spawn(command, step=step.index)
                 shell = live.shells[session] = Shell(id=session, child=child)
                 return shell
-        raise SandboxError(f"the image of cell {live.id} has neither {' nor '.join(SHELLS)}: use exec instead of a session")
+        raise SandboxError(
+            f"the image of cell {live.id} has neither {' nor '.join(SHELLS)}: use exec instead of a session"
+        )
     finally:
         live.close_step(step)
 
@@ -288,7 +344,9 @@ async def _converse(live: LiveCell, shell: Shell, step: Step, call: Call, reques
             return call.conclude(exit_, "", None, *outputs)
         call.finish(None, stdout=outputs[0], captured=outputs[1], timed_out=True)
         call.close_own_step()
-        raise CellGone(f"the command did not end within {request.timeout_s:g} s and its shell had to be ended too: open a new session")
+        raise CellGone(
+            f"the command did not end within {request.timeout_s:g} s and its shell had to be ended too: open a new session"
+        )
     return call.conclude(Exit(code=said.result()), stopped, request.timeout_s, *outputs)
 
 

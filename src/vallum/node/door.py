@@ -21,6 +21,11 @@ def is_mapped(number: int, uid_map: str) -> bool:
     return any(first <= number < first + count for first, _, count in ranges)
 
 
+def read_uid_map() -> str:
+    """This process's own."""
+    return Path("/proc/self/uid_map").read_text("ascii")
+
+
 class Door:
     """The way out of every cell."""
 
@@ -35,9 +40,11 @@ class Door:
         Raises:
             GatewayError: it does not start.
         """
-        has_own = os.geteuid() == 0 and is_mapped(GATEWAY_ID, Path("/proc/self/uid_map").read_text("ascii"))
+        has_own = os.geteuid() == 0 and is_mapped(GATEWAY_ID, read_uid_map())
         uid, gid = (GATEWAY_ID, GATEWAY_ID) if has_own else (os.geteuid(), os.getegid())
-        self._link = await GatewayLink.start(uid=uid, gid=gid, attribute=self._attribute, emit=self._emit, on_death=on_death)
+        self._link = await GatewayLink.start(
+            uid=uid, gid=gid, attribute=self._attribute, emit=self._emit, on_death=on_death
+        )
         if not has_own:
             return {"gateway.user": "degraded: the gateway runs as you, not as a user of its own; run the node as root"}
         return {"gateway.user": "enforced"}
@@ -56,7 +63,9 @@ class Door:
         if self._link is None:
             raise GatewayError("the gateway is not running, so a cell would have no judge: start the node again")
         doors = live.cell.doors
-        await self._link.add_cell(live.id, run=live.book.run, episode=live.episode, rules=rules, tcp=doors.tcp, dns=doors.dns)
+        await self._link.add_cell(
+            live.id, run=live.book.run, episode=live.episode, rules=rules, tcp=doors.tcp, dns=doors.dns
+        )
 
     async def remove(self, live: LiveCell) -> None:
         """Close a cell's doors and cut its flows; their last events have been recorded on return.

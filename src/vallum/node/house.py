@@ -24,9 +24,9 @@ from vallum.core.scope import BY_NODE, Scope, check_id, make_run_id
 from vallum.node.commands import CommandRunner, open_shell, run_in_shell
 from vallum.node.door import Door
 from vallum.node.live import LiveCell
+from vallum.node.pages import read_page
 from vallum.node.recorder import Recorder, RunBook
 from vallum.node.watch import Watch
-from vallum.node.pages import read_page
 from vallum.rules.files import compose, parse_ruleset
 from vallum.sandbox.base import Backend, CellSpec, Image
 from vallum.sandbox.images.resolve import resolve, with_mounts
@@ -117,7 +117,7 @@ class House:
                     containment=ruleset.containment,
                     rules=ruleset.describe(),
                     limits={name: getattr(limits, name) for name in limits.__struct_fields__},
-                )  # fmt: skip
+                )
             )
             self._watch.add(live)
             await self._door.add(live, ruleset)
@@ -132,9 +132,13 @@ class House:
         )
         environ = {**image.environ, **request.environ}
         return Image(
-            ref=image.ref, digest=image.digest, layers=image.layers, environ=environ,
-            user=request.user or image.user, workdir=request.workdir or image.workdir,
-        )  # fmt: skip
+            ref=image.ref,
+            digest=image.digest,
+            layers=image.layers,
+            environ=environ,
+            user=request.user or image.user,
+            workdir=request.workdir or image.workdir,
+        )
 
     def _resolve(self, ref: str) -> Image:
         """The image of a reference; that of the host is prepared once in the life of a node."""
@@ -178,7 +182,7 @@ class House:
                     host=platform.node(),
                     kernel=platform.release(),
                     tiers=self.tiers,
-                )  # fmt: skip
+                )
             )
         return book
 
@@ -201,21 +205,27 @@ class House:
             raise CellGone(f"cell {sandbox} has ended")
         return live
 
-    async def close(self, sandbox: str, client: int, *, exit_code: int | None) -> wire.SandboxClosed:
+    async def close(self, request: wire.CloseSandbox, client: int) -> wire.SandboxClosed:
         """End a cell and say what it used. A cell that has ended already is no error."""
-        live = self.get(sandbox, client)
-        if exit_code is not None:
-            live.book.exit_code = exit_code
+        live = self.get(request.sandbox, client)
+        if request.exit_code is not None:
+            live.book.exit_code = request.exit_code
         usage = live.cell.usage()
         survivors = await self._end(live, "closed")
         tally = live.book.tally(live.episode)
         return wire.SandboxClosed(
             survivors=survivors,
             used=wire.Used(
-                steps=tally.steps, processes=tally.processes, denied=tally.denied, findings=tally.findings, cpu_ns=usage.cpu_ns,
-                memory_peak_bytes=usage.memory_peak_bytes, bytes_out=tally.bytes_out, bytes_in=tally.bytes_in,
+                steps=tally.steps,
+                processes=tally.processes,
+                denied=tally.denied,
+                findings=tally.findings,
+                cpu_ns=usage.cpu_ns,
+                memory_peak_bytes=usage.memory_peak_bytes,
+                bytes_out=tally.bytes_out,
+                bytes_in=tally.bytes_in,
             ),
-        )  # fmt: skip
+        )
 
     async def _end(self, live: LiveCell, reason: str) -> int:
         if live.is_closing:
@@ -261,16 +271,17 @@ class House:
 
     # ------------------------------------------------------------------ commands
 
-    async def run_command(self, runner: CommandRunner, sandbox: str, client: int) -> wire.Ran:
+    async def run_command(self, runner: CommandRunner | None, sandbox: str, client: int) -> wire.Ran:
         """Run a command to its end."""
         live = self.get(sandbox, client)
+        assert runner is not None, "made when the request came in, for the same cell"
         try:
             return await runner.run()
         except CellGone:
             self._raise_if_contained(live)
             raise
 
-    def close_step(self, request: wire.CloseStep, client: int) -> None:
+    async def close_step(self, request: wire.CloseStep, client: int) -> None:
         """Close a step that was opened for several commands."""
         live = self.get(request.sandbox, client)
         step = live.steps.get(request.step)
@@ -301,8 +312,9 @@ class House:
             self._raise_if_contained(live)
             raise
 
-    async def close_session(self, session: str, client: int) -> None:
+    async def close_session(self, request: wire.CloseSession, client: int) -> None:
         """End a shell (and only it). One that has ended already is no error."""
+        session = request.session
         found = self._sessions.get(session)
         if found is None or found.client != client or session not in found.shells:
             return
@@ -342,12 +354,12 @@ class House:
                 bytes=len(request.data),
                 sha256=sha256(request.data).hexdigest(),
                 source="sdk",
-            )  # fmt: skip
+            )
         )
 
     # ------------------------------------------------------------------ reading
 
-    async def events(self, request: wire.Events) -> wire.EventPage:
+    async def events(self, request: wire.Events, client: int) -> wire.EventPage:
         """A page of a run's events. Reads and checks in a thread: a long ledger must not hold up the cells."""
         directory = self._places.runs / check_id(request.run, "the run id")
         return await asyncio.to_thread(
@@ -383,7 +395,7 @@ class House:
                     target=live.id,
                     reason=reason,
                     latency_ns=now - since_ns,
-                )  # fmt: skip
+                )
             )
 
     def _go_blind(self, run: str, why: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,6 +39,9 @@ class Shell:
     """One command at a time."""
 
 
+RECENT_NS = 2_000_000_000
+
+
 class StepWatcher(Protocol):
     """Told of steps, so that sensors look at the right moments."""
 
@@ -53,13 +57,16 @@ class StepWatcher(Protocol):
 class LiveCell:
     """One cell, its book and its steps. Not safe for threads; the node has one loop."""
 
-    def __init__(self, cell: Cell, book: RunBook, episode: str, client: int, limits: Limits, watcher: StepWatcher) -> None:
+    def __init__(
+        self, cell: Cell, book: RunBook, episode: str, client: int, limits: Limits, watcher: StepWatcher
+    ) -> None:
         self._watcher = watcher
         self.cell = cell
         self.book = book
         self.episode = episode
         self.client = client
         self.limits = limits
+        self._exits: deque[tuple[int, int | None]] = deque(maxlen=256)
         self.shells: dict[str, Shell] = {}
         self.steps: dict[int, Step] = {}
         self.contained: str | None = None
@@ -86,7 +93,14 @@ class LiveCell:
         self.steps[step.index] = step
         cgroup_id = await self.cell.open_step(step.index)
         self.emit(
-            StepOpened(t_ns=clock.wall_ns(), mono_ns=step.opened_ns, scope=self.scope(step.index), attribution=BY_NODE, cause=cause, cgroup_id=cgroup_id)
+            StepOpened(
+                t_ns=clock.wall_ns(),
+                mono_ns=step.opened_ns,
+                scope=self.scope(step.index),
+                attribution=BY_NODE,
+                cause=cause,
+                cgroup_id=cgroup_id,
+            )
         )
         self._watcher.step_opened(self, step.index)
         return step
@@ -115,14 +129,31 @@ class LiveCell:
         counted = self.book.tally(self.episode).processes_by_step.get(step.index)
         self.emit(
             StepClosed(
-                t_ns=clock.wall_ns(), mono_ns=now, scope=self.scope(step.index), attribution=BY_NODE, duration_ns=now - step.opened_ns,
-                exit_code=step.exit_code, cpu_ns=usage.cpu_ns, memory_peak_bytes=usage.memory_peak_bytes, processes=counted, left_running=len(running),
-            )  # fmt: skip
+                t_ns=clock.wall_ns(),
+                mono_ns=now,
+                scope=self.scope(step.index),
+                attribution=BY_NODE,
+                duration_ns=now - step.opened_ns,
+                exit_code=step.exit_code,
+                cpu_ns=usage.cpu_ns,
+                memory_peak_bytes=usage.memory_peak_bytes,
+                processes=counted,
+                left_running=len(running),
+            )
         )
 
+    def note_exit(self, step: int | None) -> None:
+        """A process of ``step`` has ended just now."""
+        self._exits.append((clock.mono_ns(), step))
+
     def only_active_step(self) -> int | None:
-        """The step that is open or has a living process, when there is exactly one."""
+        """The step that is open, has a living process or had one a moment ago, when there is exactly one.
+
+        Those that have just ended count, so that a daemon cannot send, end, and have the step pay that is open then.
+        """
+        since = clock.mono_ns() - RECENT_NS
         active = {step.index for step in self.steps.values() if step.is_open}
+        active.update(step for at, step in self._exits if at >= since and step is not None)
         shells = {shell.child.pid for shell in self.shells.values()}
         steps = (self.cell.step_of_pid(pid)[0] for pid in self.cell.pids() if pid not in shells)
         active.update(step for step in steps if step is not None)
@@ -133,4 +164,6 @@ class LiveCell:
         step, method, confidence = self.cell.step_of_pid(pid)
         if step is None:
             return self.scope(), Attribution(method="netns", confidence=0.5)
-        return self.scope(step), Attribution(method="cgroup" if method == "cgroup" else "lineage", confidence=confidence)
+        return self.scope(step), Attribution(
+            method="cgroup" if method == "cgroup" else "lineage", confidence=confidence
+        )

@@ -75,7 +75,7 @@ class RunBook:
         """Clients that used the run and are still connected."""
         self.exit_code: int | None = None
         self.episodes = 0
-        self._bank = DetectorBank()
+        self._bank = DetectorBank(clock=lambda: (clock.wall_ns(), clock.mono_ns()))
         self._tallies: dict[str, Tally] = {}
         self._on_blind = on_blind
         self._blind = False
@@ -97,6 +97,9 @@ class RunBook:
         if not isinstance(event, Finding):
             for finding in self._bank.observe(Record(id=number, event=event)):
                 self.emit(finding)
+            if self._bank.failed and not self._blind:
+                self._blind = True
+                self._on_blind(self.run, f"the detectors {', '.join(sorted(self._bank.failed))} failed")
         return number
 
     def tally(self, episode: str) -> Tally:
@@ -158,7 +161,14 @@ class Recorder:
             return
         try:
             book.emit(
-                RunEnded(t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=Scope(run=run), attribution=BY_NODE, outcome=outcome, exit_code=book.exit_code)
+                RunEnded(
+                    t_ns=clock.wall_ns(),
+                    mono_ns=clock.mono_ns(),
+                    scope=Scope(run=run),
+                    attribution=BY_NODE,
+                    outcome=outcome,
+                    exit_code=book.exit_code,
+                )
             )
         except RecordError as error:
             log.error("run %s has no last record: %s", run, error)
@@ -181,7 +191,13 @@ class Recorder:
             try:
                 ledger = Ledger.open(self._runs_dir, run)
                 ledger.append(
-                    RunEnded(t_ns=clock.wall_ns(), mono_ns=clock.mono_ns(), scope=Scope(run=run), attribution=BY_NODE, outcome="interrupted")
+                    RunEnded(
+                        t_ns=clock.wall_ns(),
+                        mono_ns=clock.mono_ns(),
+                        scope=Scope(run=run),
+                        attribution=BY_NODE,
+                        outcome="interrupted",
+                    )
                 )
                 ledger.close()
                 ended += 1

@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 
@@ -28,7 +29,14 @@ STREAM_HIGH_WATER_BYTES = 1024 * 1024
 class Client:
     """One connection."""
 
-    def __init__(self, number: int, house: House, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        house: House,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        stop: Callable[[], None],
+    ) -> None:
         self.number = number
         self._house = house
         self._reader = reader
@@ -64,7 +72,9 @@ class Client:
         if isinstance(request, wire.Exec):
             live = self._house.find(request.sandbox, self.number)
             if live is not None:
-                self._execs[request.seq] = CommandRunner(live, request, self._relay(request.seq) if request.stream else None)
+                self._execs[request.seq] = CommandRunner(
+                    live, request, self._relay(request.seq) if request.stream else None
+                )
         self._spawn(self._answer(request))
 
     def _spawn(self, work: Awaitable[None]) -> None:
@@ -114,10 +124,21 @@ class Client:
         except VallumError as error:
             partial = wire.pack(error.partial) if isinstance(error, StepTimeout) and error.partial else b""
             errno_name = error.errno_name if isinstance(error, GuestFileError) else ""
-            self._send(wire.Failure(seq=seq, error=type(error).__name__, message=str(error), errno_name=errno_name, partial=partial))
-        except Exception as error:  # noqa: BLE001 - the boundary of a request: the client is told, the log has the trace, nothing was permitted by it
+            self._send(
+                wire.Failure(
+                    seq=seq, error=type(error).__name__, message=str(error), errno_name=errno_name, partial=partial
+                )
+            )
+        except Exception as error:
+            # The boundary of a request: the client is told, the log has the trace, nothing was permitted by it.
             log.exception("request %s of client %d failed", type(request).__name__, self.number)
-            self._send(wire.Failure(seq=seq, error="NodeError", message=f"the node failed in {type(request).__name__}: {type(error).__name__}: {error}; see its log"))
+            self._send(
+                wire.Failure(
+                    seq=seq,
+                    error="NodeError",
+                    message=f"the node failed in {type(request).__name__}: {type(error).__name__}: {error}; see its log",
+                )
+            )
         finally:
             self._execs.pop(seq, None)
 
@@ -125,45 +146,39 @@ class Client:
         house, me = self._house, self.number
         match request:
             case wire.Hello():
-                if request.protocol != wire.PROTOCOL:
-                    raise NodeError(f"the running node speaks protocol {wire.PROTOCOL}, this client {request.protocol}: end the other clients so that it stops")
-                return wire.Welcome(version=__version__, pid=os.getpid(), tiers=house.tiers)
+                return self._welcome(request)
             case wire.Exec():
-                runner = self._execs.get(request.seq)
-                if runner is None:
-                    house.get(request.sandbox, me)
-                    raise NodeError(f"exec {request.seq} was lost")
-                return await house.run_command(runner, request.sandbox, me)
-            case wire.CreateSandbox():
-                return await house.create(request, me)
-            case wire.CloseSandbox():
-                return await house.close(request.sandbox, me, exit_code=request.exit_code)
+                return await house.run_command(self._execs.get(request.seq), request.sandbox, me)
             case wire.OpenStep():
                 return (await house.get(request.sandbox, me).open_step("block", request.tool_call, is_block=True)).index
-            case wire.CloseStep():
-                house.close_step(request, me)
-                return None
-            case wire.OpenSession():
-                return await house.open_session(request, me)
-            case wire.SessionRun():
-                return await house.run_session(request, me)
-            case wire.CloseSession():
-                await house.close_session(request.session, me)
-                return None
-            case wire.ReadFile():
-                return await house.read_file(request, me)
-            case wire.WriteFile():
-                await house.write_file(request, me)
-                return None
-            case wire.Events():
-                return await house.events(request)
             case wire.Status():
                 return house.status()
             case wire.Stop():
                 asyncio.get_running_loop().call_later(0.01, self._stop)
                 return None
-            case _:
-                raise InvalidInput(f"{type(request).__name__} is not a request that has an answer")
+        answers: dict[type, Callable[[Any, int], Awaitable[object]]] = {
+            wire.CreateSandbox: house.create,
+            wire.CloseSandbox: house.close,
+            wire.CloseStep: house.close_step,
+            wire.OpenSession: house.open_session,
+            wire.SessionRun: house.run_session,
+            wire.CloseSession: house.close_session,
+            wire.ReadFile: house.read_file,
+            wire.WriteFile: house.write_file,
+            wire.Events: house.events,
+        }
+        answer = answers.get(type(request))
+        if answer is None:
+            raise InvalidInput(f"{type(request).__name__} is not a request that has an answer")
+        return await answer(request, me)
+
+    def _welcome(self, request: wire.Hello) -> wire.Welcome:
+        if request.protocol != wire.PROTOCOL:
+            raise NodeError(
+                f"the running node speaks protocol {wire.PROTOCOL}, this client {request.protocol}: "
+                "end the other clients so that it stops"
+            )
+        return wire.Welcome(version=__version__, pid=os.getpid(), tiers=self._house.tiers)
 
 
 class Server:

@@ -19,7 +19,9 @@ HIGH_WATER_BYTES = 1024 * 1024
 class Pump:
     """Takes what the guest writes to one descriptor, which it owns and closes."""
 
-    def __init__(self, fd: int, capture: Capture, relay: Callable[[bytes], Awaitable[None] | None] | None = None) -> None:
+    def __init__(
+        self, fd: int, capture: Capture, relay: Callable[[bytes], Awaitable[None] | None] | None = None
+    ) -> None:
         self._fd: int | None = fd
         self._capture = capture
         self._relay = relay

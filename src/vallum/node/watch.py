@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from vallum.core.errors import ControlMissing, RecordError
-from vallum.core.events import AnyEvent, Process
+from vallum.core.events import AnyEvent, Process, ProcessExited
 from vallum.core.scope import Attribution, Scope
 from vallum.node.live import LiveCell
 from vallum.node.recorder import Recorder
@@ -26,7 +26,9 @@ ONLY_STEP_CONFIDENCE = 0.8
 class Watch:
     """Every sensor of the node. The sensors' hooks (``vallum.sensors.base.Hooks``) are its methods."""
 
-    def __init__(self, recorder: Recorder, find: Callable[[str], LiveCell | None], on_blind: Callable[[LiveCell, str], None]) -> None:
+    def __init__(
+        self, recorder: Recorder, find: Callable[[str], LiveCell | None], on_blind: Callable[[LiveCell, str], None]
+    ) -> None:
         self._recorder = recorder
         self._find = find
         self._on_blind = on_blind
@@ -35,6 +37,7 @@ class Watch:
         self._sockets = SocketAttributor()
         self._resources = ResourceSampler(self)
         self._packets: dict[str, NflogReader] = {}
+        self._by_scope: dict[tuple[str, str | None], LiveCell] = {}
 
     def start(self) -> dict[str, str]:
         """Turn on what this machine permits; says how good it is."""
@@ -43,7 +46,9 @@ class Watch:
             connector.start()
         except ControlMissing as error:
             self._poll = ProcPoll(self, str(error))
-            return {"sensor.process": f"degraded: {error}; /proc is polled, and a process that lives less than 100 ms may be missed; run as root"}
+            return {
+                "sensor.process": f"degraded: {error}; /proc is polled, and a process that lives less than 100 ms may be missed; run as root"
+            }
         self._connector = connector
         return {"sensor.process": "enforced"}
 
@@ -59,6 +64,7 @@ class Watch:
     def add(self, live: LiveCell) -> None:
         """Watch a cell from before its first command."""
         cell, scope = live.cell, live.scope()
+        self._by_scope[live.book.run, live.episode] = live
         self._sockets.watch(cell.id, cell, root_pid=cell.pid, diag=cell.doors.diag, scope_of_step=live.scope)
         if self._connector is not None:
             self._connector.watch(cell.pid, cell.id, scope)
@@ -81,6 +87,7 @@ class Watch:
             reader.stop()
         self._resources.unwatch(live.id)
         self._sockets.unwatch(live.id)
+        self._by_scope.pop((live.book.run, live.episode), None)
 
     def step_opened(self, live: LiveCell, step: int) -> None:
         """A step has begun."""
@@ -108,7 +115,8 @@ class Watch:
         if self._poll is not None:
             self._poll.sweep(cell)
         scope, attribution, process, socket_step = self._sockets.attribute(cell, protocol=protocol, src=src, dst=dst)
-        if scope.step is None and (live := self._find(cell)) is not None:
+        if scope.step is None and self._connector is not None and (live := self._find(cell)) is not None:
+            self._connector.drain()
             only = live.only_active_step()
             if only is not None:
                 scope, attribution = live.scope(only), Attribution(method="netns", confidence=ONLY_STEP_CONFIDENCE)
@@ -122,6 +130,10 @@ class Watch:
         Raises:
             RecordError: it cannot be written, or the run has ended.
         """
+        if isinstance(event, ProcessExited):
+            live = self._by_scope.get((event.scope.run, event.scope.episode))
+            if live is not None:
+                live.note_exit(event.scope.step)
         return self._recorder.emit(event)
 
     def scope_of_pid(self, cell: str, pid: int) -> tuple[Scope, Attribution]:
