@@ -41,8 +41,9 @@ static void become(const struct command *c, const char *wanted, struct user *use
     }
     struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
     struct __user_cap_data_struct none[2] = {{0}, {0}};
-    /* Changing user sets "dumpable" to the system's default; nobody may look in before execve. */
-    if (syscall(SYS_capset, &head, none) < 0 || prctl(PR_SET_DUMPABLE, 0) < 0)
+    /* Changing user sets "dumpable" to the system's default; nobody may look in before execve. In this order: while
+     * it has capabilities, a guest cannot trace it either. */
+    if (prctl(PR_SET_DUMPABLE, 0) < 0 || syscall(SYS_capset, &head, none) < 0)
         give_up(STAGE_SETUP, errno);
 }
 

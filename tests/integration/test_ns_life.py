@@ -15,7 +15,7 @@ import pytest
 
 from vallum.core.errors import CellGone, ControlMissing, InvalidInput, SandboxError
 from vallum.core.limits import Limits
-from vallum.sandbox.base import CellSpec, Image, Layer
+from vallum.sandbox.base import CellSpec, Command, Image, Layer
 from vallum.sandbox.ns import backend as backend_module
 from vallum.sandbox.ns.backend import NsBackend
 from vallum.testing.ns_cells import NO_LIMITS, make_spec, open_backend, open_cell
@@ -218,3 +218,31 @@ async def test_many_at_once(tmp_path):
         assert [result.text for result in results] == [cell.id for cell in cells]
         await asyncio.gather(*(cell.close() for cell in cells))
     assert list((tmp_path / "cells").iterdir()) == []
+
+
+async def test_given_up_requests_do_not_run_on(tmp_path):
+    """A waiter that is cancelled at any moment leaves neither a process nor a descriptor."""
+    async with open_cell(tmp_path) as cell:
+        await cell.write_file("/tmp/big", b"x" * 3_000_000)
+        assert (await run(cell, ["true"])).exit.code == 0
+        before = len(os.listdir("/proc/self/fd"))
+        for turn in range(40):
+            for work in (
+                cell.spawn(Command(argv=[b"sleep", b"600"]), step=1),
+                cell.read_file("/tmp/big", limit_bytes=1 << 30),
+                cell.write_file("/tmp/other", b"y" * 1_000_000),
+            ):
+                task = asyncio.get_running_loop().create_task(work)
+                await asyncio.sleep(turn * 0.0001)
+                task.cancel()
+                try:
+                    child = await task
+                except asyncio.CancelledError:
+                    continue
+                if child is not None and not isinstance(child, bytes):
+                    close_pipes(child)
+        await cell.kill_step(1)
+        assert await become(lambda: cell.pids() == [])
+        await asyncio.sleep(0.2)
+        assert len(os.listdir("/proc/self/fd")) <= before + 1  # a leaf's descriptor
+        assert (await run(cell, ["echo", "on"])).text == "on"

@@ -173,7 +173,7 @@ class NsCell:
             job = self._request(wire.I_SPAWN, payload, channel=await self._keeper(step), a=flags, b=command.extra_pipes)
         else:
             job = await self._request_in_leaf(payload, step, flags, command.extra_pipes)
-        failure = await self._until_begun(job)
+        failure = await self._own(job, job.begun)
         fds = job.take_fds()
         if failure is not None:
             close_all(fds)
@@ -192,7 +192,7 @@ class NsCell:
             group.visit(step)
             try:
                 job = self._request(wire.I_SPAWN, payload, a=flags, b=extra)
-                await asyncio.wait([job.told])
+                await self._own(job, job.told)
             finally:
                 group.leave()
         return job
@@ -235,7 +235,7 @@ class NsCell:
         self._check_alive()
         who, full = user or self._spec.image.user, self._resolve(path)
         job = self._request(wire.I_READ, wire.encode_read(user=who, path=full, limit_bytes=limit_bytes))
-        await asyncio.wait([job.told])
+        await self._own(job, job.told)
         fds = job.take_fds()
         try:
             data = await _drain(fds[0]) if fds else b""
@@ -252,7 +252,7 @@ class NsCell:
         await self._until_done(job, verb="written", path=full, user=who)
 
     async def _until_done(self, job: _Job, *, verb: str, path: str, user: str) -> None:
-        status = await asyncio.shield(job.ended)
+        status = await self._own(job, job.ended)
         if isinstance(status, _Failure):
             raise explain_file(status.stage, status.number, verb=verb, path=path, user=user)
         if status != 0:
@@ -372,18 +372,20 @@ class NsCell:
         except BrokenPipeError:
             raise self._why_gone() from None
 
-    async def _until_begun(self, job: _Job) -> _Failure | None:
+    async def _own(self, job: _Job, future: asyncio.Future[_T]) -> _T:
+        """Wait for a stage of a job; when the waiter is cancelled nobody owns it, so it must not run on."""
         try:
-            return await asyncio.shield(job.begun)
+            return await asyncio.shield(future)
         except asyncio.CancelledError:
-            # Nobody will own the command: it must not run on.
             job.begun.add_done_callback(lambda _: self._abandon(job))
+            self._abandon(job)
             raise
 
     def _abandon(self, job: _Job) -> None:
         close_all(job.take_fds())
         if not job.ended.done() and job.channel.is_open:
-            job.channel.send(wire.Message(wire.I_SIGNAL, job.id, int(signal.SIGKILL)))
+            with contextlib.suppress(BrokenPipeError):
+                job.channel.send(wire.Message(wire.I_SIGNAL, job.id, int(signal.SIGKILL)))
 
     def _receive(self, message: wire.Message, fds: list[int], pid: int) -> None:
         job = self._jobs.get(message.id)
