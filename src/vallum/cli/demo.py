@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from vallum.arena.replay import Outcome, Progress, replay
 from vallum.arena.world import VARIABLE, World, command_inside
 from vallum.client.connection import prepare
 from vallum.client.places import Places
-from vallum.core.errors import InvalidInput, RecordError
+from vallum.core.errors import InvalidInput, NodeError, RecordError
 from vallum.core.text import show
 from vallum.core.units import show_bytes, show_duration
 from vallum.record.reader import read_records
@@ -33,6 +35,7 @@ from vallum.record.story import fold
 from vallum.testing.fakes import Received
 from vallum.web.report import render_report
 
+MOST_AT_ONCE = 16
 _WORDS = {
     "shares": ("share", "shares"), "tunnel_bytes": ("byte read through it", "bytes read through it"),
     "secrets_read": ("secret read", "secrets read"), "queries": ("query", "queries"), "downloads": ("download", "downloads"),
@@ -87,13 +90,10 @@ def _enter_world(places: Places, as_json: bool, output: Path | None) -> int:
 def _play(places: Places, as_json: bool, output: Path | None) -> int:
     world = World.from_environ(os.environ)
     target = (output or places.state / "demo.html").absolute()
-    with tempfile.TemporaryDirectory(prefix="vallum-demo-") as home:
-        # a node of its own: one that runs already has its gateway in the real network
-        own = Places(state=Path(home), runtime=Path(home) / "run")
-        with _watch(as_json) as told:
-            outcome = asyncio.run(replay(world, own, told))
+    # a node of its own: one that runs already has its gateway in the real network
+    with _borrow_home(places) as own, _watch(as_json) as told:
+        outcome = asyncio.run(replay(world, own, told))
         target.write_text(render_report(fold(read_records(own.runs / outcome.run))), "utf-8")
-        _keep(own.runs / outcome.run, places.runs)
     if as_json:
         click.echo(msgspec.json.encode({"report": str(target), **msgspec.to_builtins(outcome)}).decode())
     else:
@@ -101,13 +101,59 @@ def _play(places: Places, as_json: bool, output: Path | None) -> int:
     return 0 if outcome.ok else 1
 
 
-def _keep(record: Path, runs: Path) -> None:
-    """Move the run's record to where the user's other runs are."""
+@contextmanager
+def _borrow_home(places: Places) -> Iterator[Places]:
+    """A home for the demo's node: one of a few fixed places, so that what a killed demo left is found and removed.
+
+    On entry and on exit records move to where the user's other runs are, and the rest is deleted.
+    """
+    base = places.state / "demos"
+    base.mkdir(mode=0o700, exist_ok=True)
+    for number in range(MOST_AT_ONCE):
+        own = Places(state=base / str(number), runtime=base / str(number) / "run")
+        own.state.mkdir(mode=0o700, exist_ok=True)
+        with (own.state / "lock").open("w", encoding="ascii") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            if _has_node(own):
+                continue  # of a demo that was just killed, and not gone yet
+            _tidy(own, places.runs)
+            try:
+                yield own
+            finally:
+                _wait_for_node(own)
+                _tidy(own, places.runs)
+            return
+    raise NodeError(f"{MOST_AT_ONCE} demos of yours run already: wait for one to end")
+
+
+def _has_node(own: Places) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        return sock.connect_ex(os.fsencode(own.socket)) == 0
+
+
+def _wait_for_node(own: Places, timeout_s: float = 5.0) -> None:
+    """After an interrupt its node is still putting its cells away."""
+    deadline = time.monotonic() + timeout_s
+    while _has_node(own) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _tidy(own: Places, runs: Path) -> None:
+    """Keep the records, delete the rest."""
     try:
         runs.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.move(record, runs / record.name)
+        for record in own.runs.iterdir() if own.runs.is_dir() else ():
+            shutil.move(record, runs / record.name)
+        for left in own.state.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != "lock":
+                left.unlink()
     except OSError as error:
-        raise RecordError(f"the demo's record could not be kept in {runs}: {error}") from error
+        raise RecordError(f"what the demo left in {own.state} could not be put away: {error}") from error
 
 
 @contextmanager
