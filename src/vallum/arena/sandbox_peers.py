@@ -57,7 +57,7 @@ class Names:
     at_once: str
 
 
-class Missing(Exception):  # noqa: N818 - not a failure: a peer that is not there
+class Missing(Exception):
     """The peer cannot be measured here."""
 
 
