@@ -16,6 +16,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -147,6 +148,17 @@ static void execute(const char **argv, const char **env) {
     give_up(STAGE_EXEC, err);
 }
 
+/* Half of what PID 1 has. A user may have no more descriptors in flight between sockets than the sender's limit: where
+ * guest and node are one user of the host (rootless), a guest with the node's limit could stop the node from passing any. */
+static void limit_descriptors(void) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) < 0)
+        give_up(STAGE_SETUP, errno);
+    limit.rlim_cur = limit.rlim_max = limit.rlim_max / 2;
+    if (setrlimit(RLIMIT_NOFILE, &limit) < 0)
+        give_up(STAGE_SETUP, errno);
+}
+
 static void spawn(const struct command *c, struct payload *p) {
     const char *wanted = take_str(p), *cwd = take_str(p);
     uint32_t rows = take_u32(p), columns = take_u32(p), argc, envc;
@@ -165,6 +177,7 @@ static void spawn(const struct command *c, struct payload *p) {
     add_env(env, &envc, "LOGNAME", user.name);
     if (chdir(cwd) < 0)
         give_up(STAGE_CWD, errno);
+    limit_descriptors();
     if (install_fork_wall() < 0)
         give_up(STAGE_SETUP, errno);
     sigset_t none;

@@ -138,13 +138,29 @@ static void settle(int control, struct child *child) {
         emit(control, E_STARTED, child->id, child->pid, 0, NULL, 0);
 }
 
+/* Our own code does not stop itself: a guest of the same user did it, to keep whoever waits for an answer waiting.
+ * A command that has been executed may be stopped as it likes. */
+static void stopped(int control, struct child *child) {
+    if (child->keeper)
+        _exit(1);
+    struct pollfd executed = {.fd = child->status, .events = POLLIN};
+    if (child->status >= 0 && poll(&executed, 1, 0) == 1)
+        settle(control, child);
+    if (child->status >= 0)
+        kill(child->pid, SIGKILL);
+}
+
 static void reap(int control) {
     int status;
     pid_t pid;
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+    while ((pid = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0)
         for (size_t i = 0; i < n_children; i++) {
             if (children[i].pid != pid)
                 continue;
+            if (WIFSTOPPED(status)) {
+                stopped(control, &children[i]);
+                break;
+            }
             /* A keeper that did not end by itself was killed by its guest to shake off its lineage. */
             if (children[i].keeper && !(WIFEXITED(status) && WEXITSTATUS(status) == 0))
                 _exit(1);

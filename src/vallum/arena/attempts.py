@@ -114,21 +114,56 @@ class Control:
 
 
 CONTROLS = (
-    Control("capabilities", "no capability, none to be had", ("capabilities", "no_new_privs"), "report this as a bug: it holds on every kernel since 3.5"),
+    Control(
+        "capabilities",
+        "no capability, none to be had",
+        ("capabilities", "no_new_privs"),
+        "report this as a bug: it holds on every kernel since 3.5",
+    ),
     Control("descriptors", "no inherited descriptor", ("descriptors",), "report this as a bug"),
-    Control("pid-namespace", "host processes cannot be seen or touched", ("host_processes", "ptrace_pid1"), "use a kernel with PID namespaces"),
+    Control(
+        "pid-namespace",
+        "host processes cannot be seen or touched",
+        ("host_processes", "ptrace_pid1"),
+        "use a kernel with PID namespaces",
+    ),
     Control(
         "seccomp",
         "kernel interfaces that agents do not need are closed",
         ("seccomp", "af_alg", "af_vsock", "af_packet", "io_uring", "bpf", "keyctl", "userfaultfd", "perf_event_open"),
         "use a kernel with CONFIG_SECCOMP_FILTER",
     ),
-    Control("namespaces-closed", "no new namespaces, no mounts", ("unshare_user", "mount", "setns"), "use a kernel with CONFIG_SECCOMP_FILTER"),
-    Control("proc", "/proc is the cell's own, kernel settings read-only", ("core_pattern", "net_sysctl", "sysrq", "kcore"), "report this as a bug"),
+    Control(
+        "namespaces-closed",
+        "no new namespaces, no mounts",
+        ("unshare_user", "mount", "setns"),
+        "use a kernel with CONFIG_SECCOMP_FILTER",
+    ),
+    Control(
+        "proc",
+        "/proc is the cell's own, kernel settings read-only",
+        ("core_pattern", "net_sysctl", "sysrq", "kcore"),
+        "report this as a bug",
+    ),
     Control("host-files", "nothing of the host's secrets in the tree", ("host_shadow",), "report this as a bug"),
     Control("one-door", "no interface but loopback", ("interfaces",), "use a kernel with network namespaces"),
-    Control("egress-tcp", "TCP goes nowhere that is not granted", ("tcp", "tcp6", "metadata"), "load nf_tables: modprobe nf_tables nft_redir"),
-    Control("egress-other", "UDP, ICMP and raw packets go nowhere", ("udp", "icmp_socket", "raw_socket"), "load nf_tables: modprobe nf_tables nft_redir"),
-    Control("egress-dns", "names that are not granted are not resolved", ("dns",), "see the node's log: the gateway is not answering"),
+    Control(
+        "egress-tcp",
+        "TCP goes nowhere that is not granted",
+        ("tcp", "tcp6", "metadata"),
+        "load nf_tables: modprobe nf_tables nft_redir",
+    ),
+    Control(
+        "egress-other",
+        "UDP, ICMP and raw packets go nowhere",
+        ("udp", "icmp_socket", "raw_socket"),
+        "load nf_tables: modprobe nf_tables nft_redir",
+    ),
+    Control(
+        "egress-dns",
+        "names that are not granted are not resolved",
+        ("dns",),
+        "see the node's log: the gateway is not answering",
+    ),
 )
 """Every attempt of :data:`PROGRAM` that must be denied, by the control that denies it."""

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import itertools
 import os
+import select
 import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -216,7 +218,14 @@ def _start_node(places: Places) -> bytes:
         os.close(saying)
         saying = -1
         word = b""
+        deadline = time.monotonic() + START_TIMEOUT_S
         while not word.endswith(b"\n"):
+            ready, _, _ = select.select([said], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return b"error the node did not start within %d s; its log is %s/node.log" % (
+                    START_TIMEOUT_S,
+                    os.fsencode(places.runtime),
+                )
             data = os.read(said, 4096)
             if not data:
                 break

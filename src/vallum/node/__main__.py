@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -82,6 +83,13 @@ async def serve(places: Places) -> None:
             driver.close()
 
 
+def raise_descriptor_limit() -> None:
+    """As many descriptors as we may have: every cell holds some, and a guest of our own user (rootless) has half as many
+    (native/command.c says why that matters)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main() -> int:
     """Parse, lock, serve."""
     parser = argparse.ArgumentParser(prog="vallum.node")
@@ -90,6 +98,7 @@ def main() -> int:
     arguments = parser.parse_args()
     places = Places(state=arguments.state, runtime=arguments.runtime)
     os.umask(0o077)
+    raise_descriptor_limit()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if os.fork() != 0:
         # The node is nobody's child: its starter has nothing to reap, and its end is not the node's.

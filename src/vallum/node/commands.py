@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from vallum.client import wire
@@ -34,6 +35,9 @@ from vallum.sandbox.base import Child, Command, Exit
 KILL_WAIT_S = 5.0
 """How long a killed command may take to be gone before the cell is given up."""
 
+MAX_ARGUMENT_CHARS = 128 * 1024
+"""What the record keeps of a tool call's argument."""
+
 Relay = Callable[[str, bytes], Awaitable[None] | None]
 
 
@@ -46,6 +50,30 @@ class Running:
     child: Child
     feed: Feed | None
     cancelled: asyncio.Event
+
+
+def shorten(value: object) -> object:
+    """An argument as the record keeps it: of a long one the beginning, its length and its hash. The agent decides how
+    long a command is, and a record that its ledger cannot take would end every cell of the run."""
+    if isinstance(value, str):
+        return shorten_words([value], "characters", len(value))[0]
+    return shorten_words(value, "words", len(value)) if isinstance(value, list) else value
+
+
+def shorten_words(words: list[str], unit: str, count: int) -> list[str]:
+    """The first :data:`MAX_ARGUMENT_CHARS` of all words together, and a last piece that says what was left out."""
+    if sum(map(len, words)) + len(words) <= MAX_ARGUMENT_CHARS:
+        return words
+    digest = sha256("\0".join(words).encode("utf-8", "surrogatepass")).hexdigest()
+    note = f"[vallum: cut; all of it: {count} {unit}, sha256 {digest}]"
+    kept: list[str] = []
+    room = MAX_ARGUMENT_CHARS
+    for word in words:
+        kept.append(word[:room])
+        room -= len(word) + 1
+        if room <= 0:
+            break
+    return [kept[0] + note] if unit == "characters" else [*kept, note]
 
 
 def sentence(error: VallumError) -> bytes:
@@ -196,7 +224,7 @@ class Call:
                 scope=live.scope(step.index),
                 attribution=BY_NODE,
                 name=name,
-                arguments=json.dumps(arguments, ensure_ascii=True),
+                arguments=json.dumps({name: shorten(value) for name, value in arguments.items()}, ensure_ascii=True),
             )
         )
 

@@ -98,9 +98,12 @@ class House:
         limits = self._limits(request.limits)
         book = self._book(request, client, ruleset.containment)
         cell_id = f"c{secrets.token_hex(5)}"
-        episode = request.episode or f"e{book.episodes}"
-        book.episodes += 1
-        cell = await backend.create(CellSpec(id=cell_id, image=image, limits=limits))
+        episode = book.take_episode(request.episode)
+        try:
+            cell = await backend.create(CellSpec(id=cell_id, image=image, limits=limits))
+        except BaseException:
+            book.episodes.discard(episode)
+            raise
         live = LiveCell(cell, book, episode, client, limits, self._watch)
         self._cells[cell_id] = live
         try:

@@ -15,6 +15,9 @@ from vallum.core.scope import BY_NODE, Attribution, Scope
 from vallum.node.recorder import RunBook
 from vallum.sandbox.base import Cell, Child
 
+MAX_TOOL_CALL_CHARS = 512
+"""It is written into every event of the step."""
+
 
 @dataclass
 class Step:
@@ -89,6 +92,8 @@ class LiveCell:
 
     async def open_step(self, cause: str, tool_call: str | None, *, is_block: bool = False) -> Step:
         """Begin the next step; its record is written before anything runs in it."""
+        if tool_call is not None and len(tool_call) > MAX_TOOL_CALL_CHARS:
+            raise InvalidInput(f"a tool call id of {len(tool_call)} characters is too long: at most {MAX_TOOL_CALL_CHARS}")
         step = Step(index=len(self.steps), tool_call=tool_call, opened_ns=clock.mono_ns(), is_block=is_block)
         self.steps[step.index] = step
         cgroup_id = await self.cell.open_step(step.index)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vallum.core import clock
-from vallum.core.errors import RecordError
+from vallum.core.errors import InvalidInput, RecordError
 from vallum.core.events import (
     AnyEvent,
     DnsQuery,
+    EpisodeStarted,
     Finding,
     Flow,
     PacketDropped,
@@ -28,7 +29,7 @@ from vallum.core.scope import BY_NODE, Scope
 from vallum.detectors.bank import DetectorBank
 from vallum.record.chain import read_anchor
 from vallum.record.ledger import Ledger
-from vallum.record.reader import is_live, list_ids
+from vallum.record.reader import decode_line, is_live, list_ids, read_lines
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +75,27 @@ class RunBook:
         self.holders: set[int] = set()
         """Clients that used the run and are still connected."""
         self.exit_code: int | None = None
-        self.episodes = 0
+        self.episodes: set[str] = set()
+        """Ids that are taken: two cells with one id could not be told apart in the record."""
         self._bank = DetectorBank(clock=lambda: (clock.wall_ns(), clock.mono_ns()))
         self._tallies: dict[str, Tally] = {}
         self._on_blind = on_blind
         self._blind = False
+
+    def take_episode(self, wanted: str | None) -> str:
+        """An id for a new episode: ``wanted``, or the next free ``e<number>``.
+
+        Raises:
+            InvalidInput: the run has had an episode of that id.
+        """
+        if wanted in self.episodes:
+            raise InvalidInput(f"run {self.run} has an episode {wanted} already: choose another id, or give none")
+        number = len(self.episodes)
+        while wanted is None and f"e{number}" in self.episodes:
+            number += 1
+        episode = wanted or f"e{number}"
+        self.episodes.add(episode)
+        return episode
 
     def emit(self, event: AnyEvent) -> int:
         """Append, then let the detectors see it; their findings are appended too.
@@ -133,6 +150,7 @@ class Recorder:
         else:
             ledger = Ledger.create(self._runs_dir, run)
         book = self._books[run] = RunBook(run, ledger, self._on_blind)
+        book.episodes |= _read_episodes(self._runs_dir / run)
         return book, True
 
     def get(self, run: str) -> RunBook | None:
@@ -209,3 +227,10 @@ class Recorder:
         """End every run."""
         for run in list(self._books):
             self.close(run, outcome)
+
+
+def _read_episodes(directory: Path) -> set[str]:
+    """Ids of the episodes that a run has had."""
+    mark = b'{"kind":"%b"' % str(EpisodeStarted.__struct_config__.tag).encode()
+    lines = (line for line in read_lines(directory) if line.payload.startswith(mark))
+    return {episode for line in lines if (episode := decode_line(line, directory).event.scope.episode) is not None}

@@ -16,7 +16,9 @@ import secrets
 import select
 import socket
 import struct
+import threading
 import time
+from pathlib import Path
 
 from vallum.core.errors import ControlMissing
 from vallum.sensors import netlink
@@ -24,6 +26,9 @@ from vallum.sensors import netlink
 NETLINK_CONNECTOR = 11
 CN_IDX_PROC = CN_VAL_PROC = 1
 LISTEN, IGNORE = 1, 2
+FIRST_NETNS = "/proc/2/ns/net"
+"""Of kthreadd, which is in the machine's first namespaces and, unlike PID 1, lets root look."""
+CLONE_NEWNET = 0x40000000
 SO_ATTACH_FILTER = 26
 SO_RCVBUFFORCE = 33
 RECEIVE_BUFFER_BYTES = 8 * 1024 * 1024
@@ -78,6 +83,44 @@ def _request(operation: int, mark: int = 0) -> bytes:
     return netlink.make(netlink.NLMSG_DONE, 0, 0, message)
 
 
+def _make_socket() -> socket.socket:
+    """A socket in the machine's first network namespace, the only one that the connector serves.
+
+    A node in another one (whose egress is meant to go elsewhere) may join the first for the making of this socket;
+    a thread does it and ends, so that nothing else of the node ever is there.
+    """
+    made: list[socket.socket] = []
+
+    def make() -> None:
+        made.append(socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, NETLINK_CONNECTOR))
+
+    def make_there() -> None:
+        try:
+            first = os.open(FIRST_NETNS, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return  # no right to look: the socket is made where we are
+        try:
+            if ctypes.CDLL(None, use_errno=True).setns(first, CLONE_NEWNET) == 0:
+                make()
+        finally:
+            os.close(first)
+
+    if _inode_of("/proc/self/ns/net") != _inode_of(FIRST_NETNS):
+        thread = threading.Thread(target=make_there, name="first-netns")
+        thread.start()
+        thread.join()
+    if not made:
+        make()
+    return made[0]
+
+
+def _inode_of(path: str) -> int | None:
+    try:
+        return Path(path).stat().st_ino
+    except OSError:
+        return None
+
+
 def open_connector() -> socket.socket:
     """A non-blocking socket on which the kernel has confirmed that it will tell.
 
@@ -85,7 +128,7 @@ def open_connector() -> socket.socket:
         ControlMissing: this kernel or this place (a container's namespaces) does not tell; says which and the remedy.
     """
     try:
-        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, NETLINK_CONNECTOR)
+        sock = _make_socket()
     except OSError as error:
         raise ControlMissing(
             f"the kernel offers no process events ({error.strerror}); use a kernel with CONFIG_PROC_EVENTS=y"

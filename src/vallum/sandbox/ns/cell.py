@@ -178,6 +178,9 @@ class NsCell:
         if failure is not None:
             close_all(fds)
             raise explain_spawn(failure.stage, failure.number, argv0=keep(command.argv[0]), user=user, cwd=cwd)
+        if len(fds) != (1 if command.pty else 3) + command.extra_pipes:
+            close_all(fds)
+            raise SandboxError(f"{keep(command.argv[0])!r} was killed by another process of its cell before it started")
         if command.pty:
             return NsChild(job.pid, fds[0], fds[0], None, fds[1:], job=job)
         return NsChild(job.pid, fds[0], fds[1], fds[2], fds[3:], job=job)
@@ -257,7 +260,7 @@ class NsCell:
             raise explain_file(status.stage, status.number, verb=verb, path=path, user=user)
         if status != 0:
             raise GuestFileError(
-                f"{path!r} could not be {verb}: the helper in the cell was killed (out of memory?)", "EIO"
+                f"{path!r} could not be {verb}: the helper in the cell was killed (by the guest, or out of memory)", "EIO"
             )
 
     # ------------------------------------------------------------------ the end
