@@ -32,6 +32,7 @@ from vallum.core.text import show
 from vallum.core.units import show_bytes, show_duration
 from vallum.record.reader import read_records
 from vallum.record.story import fold
+from vallum.record.verify import verify
 from vallum.testing.fakes import Received
 from vallum.web.report import render_report
 
@@ -93,7 +94,8 @@ def _play(places: Places, as_json: bool, output: Path | None) -> int:
     # a node of its own: one that runs already has its gateway in the real network
     with _borrow_home(places) as own, _watch(as_json) as told:
         outcome = asyncio.run(replay(world, own, told))
-        target.write_text(render_report(fold(read_records(own.runs / outcome.run))), "utf-8")
+        record = own.runs / outcome.run
+        target.write_text(render_report(fold(read_records(record)), verify(record)), "utf-8")
     if as_json:
         click.echo(msgspec.json.encode({"report": str(target), **msgspec.to_builtins(outcome)}).decode())
     else:
