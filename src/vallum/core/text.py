@@ -18,5 +18,6 @@ def keep(raw: bytes) -> str:
 
 def show(text: str, limit: int = 200) -> str:
     """Make text of the guest safe for a terminal: control and bidirectional characters escaped, length capped."""
-    safe = _UNSAFE.sub(lambda m: repr(m.group())[1:-1], text)
+    # Cut first: nothing gets shorter by escaping, and a text of millions of characters must cost nothing.
+    safe = _UNSAFE.sub(lambda m: repr(m.group())[1:-1], text[: limit + 1])
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"

@@ -93,7 +93,9 @@ class LiveCell:
     async def open_step(self, cause: str, tool_call: str | None, *, is_block: bool = False) -> Step:
         """Begin the next step; its record is written before anything runs in it."""
         if tool_call is not None and len(tool_call) > MAX_TOOL_CALL_CHARS:
-            raise InvalidInput(f"a tool call id of {len(tool_call)} characters is too long: at most {MAX_TOOL_CALL_CHARS}")
+            raise InvalidInput(
+                f"a tool call id of {len(tool_call)} characters is too long: at most {MAX_TOOL_CALL_CHARS}"
+            )
         step = Step(index=len(self.steps), tool_call=tool_call, opened_ns=clock.mono_ns(), is_block=is_block)
         self.steps[step.index] = step
         cgroup_id = await self.cell.open_step(step.index)

@@ -260,7 +260,8 @@ class NsCell:
             raise explain_file(status.stage, status.number, verb=verb, path=path, user=user)
         if status != 0:
             raise GuestFileError(
-                f"{path!r} could not be {verb}: the helper in the cell was killed (by the guest, or out of memory)", "EIO"
+                f"{path!r} could not be {verb}: the helper in the cell was killed (by the guest, or out of memory)",
+                "EIO",
             )
 
     # ------------------------------------------------------------------ the end
