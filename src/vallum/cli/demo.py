@@ -25,6 +25,7 @@ from vallum.arena.incident import ACTS, Act
 from vallum.arena.judgement import Case
 from vallum.arena.replay import Outcome, Progress, replay
 from vallum.arena.world import VARIABLE, World, command_inside
+from vallum.cli.program import program
 from vallum.client.connection import prepare
 from vallum.client.places import Places
 from vallum.core.errors import InvalidInput, NodeError, RecordError
@@ -77,8 +78,8 @@ def _enter_world(places: Places, as_json: bool, output: Path | None) -> int:
     target = output or places.state / "demo.html"
     if not target.parent.is_dir():
         raise InvalidInput(f"cannot write the report to {target}: there is no directory {target.parent}")
-    program = "from vallum.cli.main import main; main()"
-    argv = [sys.executable, "-I", "-c", program, "--home", str(places.state), "demo", "-o", str(target.absolute())]
+    start = "from vallum.cli.main import main; main()"
+    argv = [sys.executable, "-I", "-c", start, "--home", str(places.state), "demo", "-o", str(target.absolute())]
     process = subprocess.Popen(command_inside([*argv, "--json"] if as_json else argv))
     while True:
         try:
@@ -289,7 +290,7 @@ def _print_end(outcome: Outcome, target: Path) -> None:
     if outcome.rootless:
         console.print(Text("  run without root: fewer walls; `vallum doctor` names them", "yellow"))
     console.print(
-        f"\nreport  {target}\nrecord  vallum show {outcome.run}    vallum events {outcome.run}    vallum verify {outcome.run}",
+        f"\nreport  {target}\nrecord  {program()} show {outcome.run}\n        {program()} verify {outcome.run}",
         highlight=False,
         soft_wrap=True,
     )

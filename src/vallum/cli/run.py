@@ -16,6 +16,7 @@ from typing import Any
 import click
 import msgspec
 
+from vallum.cli.program import program
 from vallum.client.face import EventView, ExecResult, Node, Process, Sandbox
 from vallum.client.places import Places
 from vallum.client.wire import Used
@@ -286,9 +287,7 @@ def _print_summary(sandbox: Sandbox, code: int, events: list[EventView]) -> None
                 click.style("   finding ", fg="yellow")
                 + f"step {event['scope']['step']}  {event['severity']}  {show(event['title'], 80)}  {' '.join(event['attack'])}"
             )
-    say(
-        f"   look: vallum show {sandbox.run}    report: vallum report {sandbox.run}    check: vallum verify {sandbox.run}"
-    )
+    say(f"   look: {program()} show {sandbox.run}    report: {program()} report {sandbox.run}")
 
 
 def _figures(used: Used) -> str:
