@@ -52,30 +52,43 @@ class _Reader:
         return self.at < len(self.data)
 
 
-def parse(data: bytes) -> ClientHello | None:
-    """The ClientHello at the start of ``data``; None while bytes are missing. What follows its record is not read.
+class HelloReader:
+    """Reads one ClientHello as its bytes come. What was read is not read again: however small the pieces and the
+    records are, the work grows with the bytes only (a guest may drip a thousand flows byte by byte)."""
 
-    Raises:
-        NotTlsError: not a TLS record.
-        MalformedError: a record that is not one whole, plain ClientHello.
-    """
-    message = b""
-    at = 0
-    while True:
-        header = data[at : at + 5]
-        _check_header(header, first=at == 0)
-        if len(header) < 5:
-            return None
-        end = at + 5 + int.from_bytes(header[3:5], "big")
-        message += data[at + 5 : end]
-        wanted = _wanted(message)
-        if wanted is not None and len(message) > wanted:
-            raise MalformedError("bytes follow it in its record")
-        if end > len(data):
-            return None
-        if len(message) == wanted:
-            return _read_hello(_Reader(message[4:]))
-        at = end
+    def __init__(self) -> None:
+        self._at = 0
+        self._message = b""
+
+    def read(self, data: bytes | bytearray) -> ClientHello | None:
+        """The ClientHello at the start of ``data``, which is all that has come so far; None while bytes are missing.
+        What follows its last record is not read.
+
+        Raises:
+            NotTlsError: not a TLS record.
+            MalformedError: records that are not one whole, plain ClientHello.
+        """
+        while True:
+            at = self._at
+            header = bytes(data[at : at + 5])
+            _check_header(header, first=at == 0)
+            if len(header) < 5:
+                return None
+            end = at + 5 + int.from_bytes(header[3:5], "big")
+            message = self._message + data[at + 5 : end]
+            wanted = _wanted(message)
+            if wanted is not None and len(message) > wanted:
+                raise MalformedError("bytes follow it in its record")
+            if end > len(data):
+                return None
+            if len(message) == wanted:
+                return _read_hello(_Reader(message[4:]))
+            self._at, self._message = end, message
+
+
+def parse(data: bytes) -> ClientHello | None:
+    """As :meth:`HelloReader.read`, of bytes that are all there."""
+    return HelloReader().read(data)
 
 
 def _check_header(header: bytes, *, first: bool) -> None:

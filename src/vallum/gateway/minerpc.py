@@ -28,6 +28,34 @@ _LOGIN_TEXT = re.compile(rb"[\"'](login|pass|agent|algo|rigid)[\"']\s*:")
 _ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
 _decoder = json.JSONDecoder(strict=False)
 _MAX_VALUES = 64
+_MARK = re.compile(rb'["\\[\]{}]')
+
+
+class Nesting:
+    """Follows JSON text as it comes and tells where its outermost value may have ended. Each byte is looked at once."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = False
+        self._escaped_at = -1
+        self._seen = 0
+
+    def feed(self, fresh: bytes | bytearray) -> bool:
+        """Whether a bracket in these bytes closed the outermost value (or one that was never opened)."""
+        closed = False
+        for match in _MARK.finditer(fresh):
+            at, mark = self._seen + match.start(), match.group()
+            if at == self._escaped_at:
+                continue
+            if mark == b"\\":
+                self._escaped_at = at + 1
+            elif mark == b'"':
+                self._in_string = not self._in_string
+            elif not self._in_string:
+                self._depth += 1 if mark in b"[{" else -1
+                closed |= self._depth <= 0
+        self._seen += len(fresh)
+        return closed
 
 
 def is_miner_text(raw: bytes) -> bool:
@@ -71,12 +99,12 @@ def read_messages(raw: bytes) -> bool | None:
             return is_miner_text(raw) if count else None
         try:
             value, position = _decoder.raw_decode(text, position)
+            if _is_miner_call(value):
+                return True
         except (ValueError, RecursionError) as error:
             if is_miner_text(raw):
                 return True
             return None if _is_unfinished(error, text) else False
-        if _is_miner_call(value):
-            return True
     return is_miner_text(raw)
 
 

@@ -27,6 +27,7 @@ MAX_BYTES = 16 * 1024
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 _MAX_METHOD = 32
+_MAX_EAGER = 32
 _METHOD = re.compile(_TOKEN + rb"{1,%d}" % _MAX_METHOD)
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb"{1,%d})[ \t]+(\S+)[ \t]+HTTP/(\d)\.(\d)[ \t]*\r?" % _MAX_METHOD)
 _HTTP_09 = re.compile(rb"(GET|HEAD|POST|PUT|DELETE|OPTIONS|CONNECT|TRACE|PATCH|PRI)[ \t]+\S.*", re.DOTALL)
@@ -56,6 +57,11 @@ class Sniffer:
         self.data = bytearray()
         """Everything fed so far (at most :data:`MAX_BYTES` and one chunk): held back until the verdict."""
         self._looked = 0
+        self._hello = clienthello.HelloReader()
+        self._json = minerpc.Nesting()
+        self._parses = 0
+        self._parsed = 0
+        self._marked = False
 
     def feed(self, chunk: bytes) -> Sniffed | None:
         """Take bytes; the answer, or None when more are needed. Never raises."""
@@ -93,7 +99,7 @@ class Sniffer:
             return None
         first = data[0]
         if first == 0x16:
-            return _read_tls(data)
+            return _read_tls(self._hello, data)
         if first in (4, 5):
             return _read_socks(data)
         if data.startswith(b"SSH-"):
@@ -110,11 +116,19 @@ class Sniffer:
         return self._read_http(start)
 
     def _read_json(self, start: int) -> Sniffed | None:
-        # A value can only end with one of these; looking at nothing else keeps a slow drip cheap.
         fresh = self.data[self._looked :]
         self._looked = len(self.data)
-        if not any(mark in fresh for mark in (b"}", b"]", b"\n")):
+        closes = self._json.feed(fresh)
+        # A value can only end with one of these. Parsing all of it for each of them in a slow drip would cost a thousand
+        # times what the guest pays for sending one: it is done where the outermost value may have ended, at first
+        # at every mark, and then each time it grew by a quarter.
+        self._marked |= any(mark in fresh for mark in (b"}", b"]", b"\n"))
+        is_due = self._parses < _MAX_EAGER or len(self.data) >= 1.25 * self._parsed
+        if not (closes or (self._marked and is_due)):
             return None
+        self._marked = False
+        self._parses += 1
+        self._parsed = len(self.data)
         found = minerpc.read_messages(bytes(self.data[start:]))
         if found is None:
             return None
@@ -147,9 +161,9 @@ class Sniffer:
         return _read_head(request[1], request[2], bytes(data[end + 1 : head_end.end()]))
 
 
-def _read_tls(data: bytearray) -> Sniffed | None:
+def _read_tls(reader: clienthello.HelloReader, data: bytearray) -> Sniffed | None:
     try:
-        hello = clienthello.parse(bytes(data[: MAX_BYTES + 5]))
+        hello = reader.read(data)
     except clienthello.MalformedError as error:
         return Sniffed("tls", refused=f"the ClientHello is malformed: {error}")
     except clienthello.NotTlsError:
