@@ -10,8 +10,8 @@
  *
  * With SPEC_SINGLE_ID (rootless) one id is mapped and the cell moves the layers in itself.
  *
- * Covered: nothing of the host is visible inside after enter_tree(); the guest gets no capability; PID 1 ends when
- * its socket's other end is closed.  Not covered: kernel bugs: the kernel is shared.
+ * Covered: nothing of the host is visible inside after enter_tree(); the guest gets no capability (root of an owner cell:
+ * OWNER_CAPS, in the cell's own user namespace); PID 1 ends when its socket's other end is closed.  Not covered: kernel bugs: the kernel is shared.
  */
 #define _GNU_SOURCE
 #include "proto.h"
@@ -134,37 +134,52 @@ static void set_limit(int which, rlim_t value) {
     }
 }
 
-static void set_caps(uint64_t caps) {
+static void set_caps(uint32_t effective, uint32_t permitted, uint32_t inheritable) {
     struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
-    struct __user_cap_data_struct data[2] = {
-        {(uint32_t)caps, (uint32_t)caps, 0},
-        {(uint32_t)(caps >> 32), (uint32_t)(caps >> 32), 0},
-    };
+    struct __user_cap_data_struct data[2] = {{effective, permitted, inheritable}, {0, 0, 0}};
     if (syscall(SYS_capset, &head, data) < 0)
         fail(errno, "drop capabilities");
 }
 
+static void allow_inheriting(void) {
+    struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
+    struct __user_cap_data_struct data[2];
+    if (syscall(SYS_capget, &head, data) < 0)
+        fail(errno, "read capabilities");
+    data[0].inheritable = OWNER_CAPS;
+    data[1].inheritable = 0;
+    if (syscall(SYS_capset, &head, data) < 0)
+        fail(errno, "keep the capabilities of the cell's root");
+}
+
 /* After this the process can do nothing but start commands as guest users and signal them. */
 static void drop_everything(const struct spec *s) {
-    bool single = s->flags & SPEC_SINGLE_ID;
+    bool single = s->flags & SPEC_SINGLE_ID, owner = s->flags & SPEC_OWNER;
     /* A core limit of exactly 1 makes the kernel skip the host's core handler as well (core(5), coredump.c). */
     set_limit(RLIMIT_CORE, 1);
     set_limit(RLIMIT_NOFILE, 65536);
     if (s->nproc)
         set_limit(RLIMIT_NPROC, s->nproc);
+    /* The bounding set is empty in every cell: no file gives a capability. What root of an owner cell keeps comes by way of
+     * the inheritable and ambient sets; the former can be filled only while the bounding set still is. */
+    if (owner)
+        allow_inheriting();
     for (int cap = 0; cap < 64; cap++)
         if (prctl(PR_CAPBSET_DROP, cap) < 0 && errno != EINVAL)
             fail(errno, "empty the capability bounding set");
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
-    if (prctl(PR_SET_SECUREBITS, SECBIT_KEEP_CAPS | SECBIT_NOROOT | SECBIT_NOROOT_LOCKED | SECBIT_NO_CAP_AMBIENT_RAISE | SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED) < 0)
+    unsigned long no_ambient = owner ? 0 : SECBIT_NO_CAP_AMBIENT_RAISE | SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED;
+    if (prctl(PR_SET_SECUREBITS, SECBIT_KEEP_CAPS | SECBIT_NOROOT | SECBIT_NOROOT_LOCKED | no_ambient) < 0)
         fail(errno, "lock the secure bits");
     if (!single && (setgroups(0, NULL) < 0 || setresgid(WARDEN_UID, WARDEN_UID, WARDEN_UID) < 0 || setresuid(WARDEN_UID, WARDEN_UID, WARDEN_UID) < 0))
         fail(errno, "become the cell's warden");
-    set_caps(single ? 1ull << CAP_KILL : 1ull << CAP_KILL | 1ull << CAP_SETUID | 1ull << CAP_SETGID);
+    /* The owner's capabilities are not effective here: PID 1 itself touches files as a user without rights. */
+    uint32_t own = single ? 1u << CAP_KILL : 1u << CAP_KILL | 1u << CAP_SETUID | 1u << CAP_SETGID;
+    set_caps(own, owner ? own | OWNER_CAPS : own, owner ? OWNER_CAPS : 0);
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 || prctl(PR_SET_DUMPABLE, 0) < 0)
         fail(errno, "set no_new_privs");
     umask(022);
-    if (install_walls() < 0)
+    if (install_walls(owner) < 0)
         fail(errno, "install the seccomp filter");
     /* Set last: changing user clears it. The parent is the launcher. */
     prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -209,7 +224,7 @@ static void run_cell(const struct spec *s, int sync, int control) {
         fail(errno, "hand out the doors");
     close_fds(doors.fds, doors.count);
     close(sync);
-    serve_cell(control, (struct guard){single, s->inner_uid, s->inner_gid});
+    serve_cell(control, (struct guard){single, s->flags & SPEC_OWNER, s->inner_uid, s->inner_gid});
 }
 
 void build_cell(int node, uint32_t id, int payload_fd, volatile pid_t *cell) {

@@ -40,12 +40,18 @@ static void become(const struct command *c, const char *wanted, struct user *use
         if (setgroups((size_t)user->n_groups, user->groups) < 0 || setresgid(user->gid, user->gid, user->gid) < 0 || setresuid(user->uid, user->uid, user->uid) < 0)
             give_up(STAGE_USER, errno);
     }
+    /* Root of an owner cell keeps the few that make it the owner of the cell's files; everybody else has none. */
+    uint32_t kept = c->guard.owner && user->uid == 0 ? OWNER_CAPS : 0;
     struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
-    struct __user_cap_data_struct none[2] = {{0}, {0}};
+    struct __user_cap_data_struct caps[2] = {{kept, kept, kept}, {0, 0, 0}};
     /* Changing user sets "dumpable" to the system's default; nobody may look in before execve. In this order: while
      * it has capabilities, a guest cannot trace it either. */
-    if (prctl(PR_SET_DUMPABLE, 0) < 0 || syscall(SYS_capset, &head, none) < 0)
+    if (prctl(PR_SET_DUMPABLE, 0) < 0 || syscall(SYS_capset, &head, caps) < 0)
         give_up(STAGE_SETUP, errno);
+    /* Ambient, so that they outlive execve though the bounding set is empty and root is nothing by itself (SECBIT_NOROOT). */
+    for (unsigned long cap = 0; kept >> cap; cap++)
+        if (kept >> cap & 1 && prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, cap, 0, 0) < 0)
+            give_up(STAGE_SETUP, errno);
 }
 
 /* --- commands --- */

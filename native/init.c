@@ -2,7 +2,8 @@
  *
  * It serves one SEQPACKET socket. When the other end closes (the node ended the cell, or died), it exits, and the
  * kernel kills every process of the pid namespace. It runs as a user that no guest can be, is not dumpable, and
- * holds CAP_SETUID, CAP_SETGID and CAP_KILL of the cell's own user namespace only.
+ * holds CAP_SETUID, CAP_SETGID and CAP_KILL of the cell's own user namespace only (and, not effective, what root of an
+ * owner cell keeps: OWNER_CAPS).
  *
  * A keeper (where cgroups cannot be had) is a fork that serves a socket in the same way and is a child subreaper, so
  * that whatever its commands leave running stays below it: lineage as a kernel fact.

@@ -8,6 +8,7 @@
 #define VALLUM_PROTO_H
 
 #include <errno.h>
+#include <linux/capability.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -32,7 +33,12 @@ enum init_event { E_HELLO = 1, E_STARTED = 2, E_FAILED = 3, E_EXITED = 4, E_KEEP
 enum spawn_flag { SPAWN_LEAF = 1, SPAWN_PTY = 2 };
 enum stage { STAGE_CLONE = 1, STAGE_SETUP = 2, STAGE_USER = 3, STAGE_CWD = 4, STAGE_EXEC = 5, STAGE_FILE = 6 };
 enum door { DOOR_TCP4 = 1, DOOR_DNS4 = 2, DOOR_TCP6 = 4, DOOR_DNS6 = 8, DOOR_DIAG = 16, DOOR_PACKETS = 32 };
-enum spec_flag { SPEC_SINGLE_ID = 1 };
+enum spec_flag { SPEC_SINGLE_ID = 1, SPEC_OWNER = 2 };
+
+/* What root of an owner cell (SPEC_OWNER) keeps, in the cell's own user namespace only: to own and to give away files, and
+ * to become the cell's other users. Never CAP_KILL: without it no guest has all that our own processes have before
+ * execve, and so the kernel lets none trace them. docs/design/0004-guest-root.md has the reasons. */
+#define OWNER_CAPS (1u << CAP_CHOWN | 1u << CAP_DAC_OVERRIDE | 1u << CAP_FOWNER | 1u << CAP_FSETID | 1u << CAP_SETGID | 1u << CAP_SETUID)
 
 /* --- io.c --- */
 int send_message(int sock, const void *data, size_t size, const int *fds, int count);
@@ -84,12 +90,12 @@ void enter_tree(void);
 void open_network(const struct spec *spec, struct doors *doors);
 
 /* --- seccomp.c --- */
-int install_walls(void);
+int install_walls(bool owner);
 int install_fork_wall(void);
 
 /* --- init.c, command.c --- */
 struct guard {
-    bool single_id;
+    bool single_id, owner;
     uint32_t uid, gid;                     /* of every command, when single_id */
 };
 void serve_cell(int control, struct guard guard) __attribute__((noreturn));

@@ -184,10 +184,25 @@ static void bisect(const uint16_t *starts, int from, int to) {
     bisect(starts, middle, to);
 }
 
-/* For PID 1 and everything it starts. Preconditions: no_new_privs. */
-int install_walls(void) {
+/* With CAP_SETUID root could become PID 1's user, whom the kernel lets change PID 1's limits and priority. Nobody does. */
+static void refuse_warden(int nr, int ids) {
+    unsigned short jump = call_begin(nr);
+    for (int n = 0; n < ids; n++) {
+        load_arg(n);
+        ret_if(WARDEN_UID, DENY(EPERM));
+    }
+    ret(ALLOW);
+    call_end(jump);
+}
+
+/* For PID 1 and everything it starts. Preconditions: no_new_privs; PID 1 has its user already. */
+int install_walls(bool owner) {
     check_arch();
     look_at_arguments();
+    if (owner) {
+        refuse_warden(__NR_setuid, 1), refuse_warden(__NR_setreuid, 2), refuse_warden(__NR_setresuid, 3), refuse_warden(__NR_setfsuid, 1);
+        refuse_warden(__NR_setgid, 1), refuse_warden(__NR_setregid, 2), refuse_warden(__NR_setresgid, 3), refuse_warden(__NR_setfsgid, 1);
+    }
     for (int nr = 0; nr < CALLS; nr++)
         actions[nr] = DENY(ENOSYS);
     for (size_t i = 0; i < sizeof allowed_calls / sizeof *allowed_calls; i++)

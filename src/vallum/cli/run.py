@@ -71,6 +71,13 @@ def parse_size(text: str) -> int:
     help="Set a variable inside (nothing of yours is passed by itself). Repeatable.",
 )
 @click.option("--user", metavar="NAME", help="User inside the cell (default: agent).")
+@click.option(
+    "--root",
+    type=click.Choice(["plain", "owner"]),
+    default="plain",
+    show_default=True,
+    help="Whether root inside may own and give away the cell's files and become its users (adduser, apt-get, tar).",
+)
 @click.option("--cpus", type=float, metavar="N", help="Cores, e.g. 1.5.")
 @click.option("--memory", metavar="SIZE", help="e.g. 512M, 2G.")
 @click.option("--pids", type=int, metavar="N", help="Processes and threads at once.")
@@ -123,6 +130,7 @@ async def _run(places: Places, command: list[str], options: dict[str, Any]) -> i
             user=options["user"],
             workdir=workdir,
             level=options["level"],
+            root=options["root"],
             command=command,
         )
         code, failure = 125, None

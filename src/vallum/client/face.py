@@ -26,6 +26,7 @@ from vallum.core.limits import Limits
 from vallum.version import __version__
 
 Containment = Literal["locked", "standard", "research"]
+GuestRoot = Literal["plain", "owner"]
 OnOutput = Callable[[str, bytes], None]
 
 
@@ -121,6 +122,7 @@ class Node:
         user: str | None = None,
         workdir: str | None = None,
         level: str = "ns",
+        root: GuestRoot = "plain",
         command: Sequence[str] = (),
     ) -> SandboxOpener:
         """A cell: ``async with node.sandbox(...) as sb`` or ``sb = await node.sandbox(...)``.
@@ -135,6 +137,9 @@ class Node:
             run, episode: ids; made up when not given. A run may have many episodes.
             environ: added to the image's environment; nothing of the caller's own is passed.
             level: isolation level.
+            root: ``plain`` (user 0 of the cell has no more rights than any other user of it; the default) or ``owner``
+                (it also owns every file of the cell and may become its other users, as ``adduser``, ``apt-get`` and ``tar``
+                need; recorded; not rootless). What that opens: SECURITY.md, "Guest root".
 
         Raises (when entered or awaited):
             InvalidInput, RuleError: an argument cannot be used.
@@ -160,6 +165,7 @@ class Node:
             user=user,
             workdir=workdir,
             level=level,
+            root=root,
             command=list(command),
         )
         return SandboxOpener(self, request)

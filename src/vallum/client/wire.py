@@ -58,6 +58,7 @@ class CreateSandbox(Request, frozen=True, tag="sandbox.create"):
     level: str
     command: list[str]
     """For the run's first record; empty for SDK runs."""
+    root: Literal["plain", "owner"] = "plain"
 
 
 class CloseSandbox(Request, frozen=True, tag="sandbox.close"):

@@ -82,6 +82,8 @@ class EpisodeStarted(Event, frozen=True, tag="episode.started"):
     limits: dict[str, float | int | None]
     parent: str | None = None
     """Snapshot that the cell was forked from."""
+    root: str = "plain"
+    """What user 0 of the cell may do: ``plain`` or ``owner`` (see ``vallum.sandbox.base.GuestRoot``)."""
 
 
 class EpisodeEnded(Event, frozen=True, tag="episode.ended"):

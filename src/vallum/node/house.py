@@ -100,7 +100,7 @@ class House:
         cell_id = f"c{secrets.token_hex(5)}"
         episode = book.take_episode(request.episode)
         try:
-            cell = await backend.create(CellSpec(id=cell_id, image=image, limits=limits))
+            cell = await backend.create(CellSpec(id=cell_id, image=image, limits=limits, root=request.root))
         except BaseException:
             book.episodes.discard(episode)
             raise
@@ -117,6 +117,7 @@ class House:
                     image=image.ref,
                     image_digest=image.digest,
                     level=request.level,
+                    root=request.root,
                     containment=ruleset.containment,
                     rules=ruleset.describe(),
                     limits={name: getattr(limits, name) for name in limits.__struct_fields__},

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
 from vallum.core.limits import Limits
 
 MIN_UID_RANGE = 65536
+
+GuestRoot = Literal["plain", "owner"]
+"""What user 0 of a cell may do: ``plain``, what any user may; ``owner``, also own and give away every file of the cell and
+become its other users (CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETUID, SETGID of the cell's own user namespace)."""
 
 
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +59,8 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
     image: Image
     limits: Limits
     hostname: str = "cell"
+    root: GuestRoot = "plain"
+    """A level or machine that cannot give ``owner`` refuses it (``ControlMissing``)."""
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,7 +158,7 @@ class Cell(Protocol):
     async def spawn(self, command: Command, *, step: int) -> Child:
         """Start ``command`` inside the cell, in the cgroup of ``step`` from its first instruction.
 
-        Postconditions: the process has the requested user, no capability, no_new_privs, the seccomp
+        Postconditions: the process has the requested user, no capability (but root of an ``owner`` cell), no_new_privs, the seccomp
         filter, no descriptor but 0, 1, 2 and the extra pipes, and its own session.
 
         Raises:

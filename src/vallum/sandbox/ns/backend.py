@@ -208,6 +208,10 @@ class NsBackend:
         """See the contract."""
         if not _CELL_ID.fullmatch(spec.id) or spec.id in self._places:
             raise InvalidInput(f"the cell id {spec.id!r} is not usable: 1 to 40 of a-z, 0-9 and '-', and not in use")
+        if spec.root == "owner" and self._uids is None:
+            raise ControlMissing(
+                "root of this cell cannot own files (root=owner): a rootless cell has one user; run the node as root, or leave root=plain"
+            )
         return await self._create(spec)
 
     async def _create(self, spec: CellSpec) -> NsCell:
@@ -245,7 +249,7 @@ class NsBackend:
     async def _build(self, spec: CellSpec, place: _Place, layers: list[wire.PlacedLayer]) -> NsCell:
         group = place.group
         request = wire.encode_create(
-            ids=place.ids, port=self._port, hostname=spec.hostname, layers=layers,
+            ids=place.ids, port=self._port, hostname=spec.hostname, layers=layers, root_owns=spec.root == "owner",
             processes=(spec.limits.pids or 0) if group is None else 0, cgroups=group.enter_paths() if group else [],
         )  # fmt: skip
         reply, fds = await self._ask(wire.L_CREATE, request)
@@ -346,7 +350,7 @@ def replace_user(spec: CellSpec, user: str) -> CellSpec:
     """The same cell for another default user. Pure."""
     image = spec.image
     return CellSpec(
-        id=spec.id, limits=spec.limits, hostname=spec.hostname,
+        id=spec.id, limits=spec.limits, hostname=spec.hostname, root=spec.root,
         image=Image(ref=image.ref, digest=image.digest, layers=image.layers, environ=image.environ, user=user, workdir=image.workdir),
     )  # fmt: skip
 

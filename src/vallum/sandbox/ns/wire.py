@@ -26,7 +26,7 @@ I_SPAWN, I_SIGNAL, I_KEEPER, I_READ, I_WRITE = 1, 2, 3, 4, 5
 E_HELLO, E_STARTED, E_FAILED, E_EXITED, E_KEEPER = 1, 2, 3, 4, 5
 
 SPAWN_LEAF, SPAWN_PTY = 1, 2
-SPEC_SINGLE_ID = 1
+SPEC_SINGLE_ID, SPEC_OWNER = 1, 2
 STAGE_CLONE, STAGE_SETUP, STAGE_USER, STAGE_CWD, STAGE_EXEC, STAGE_FILE = 1, 2, 3, 4, 5, 6
 DOOR_TCP4, DOOR_DNS4, DOOR_TCP6, DOOR_DNS6, DOOR_DIAG, DOOR_PACKETS = 1, 2, 4, 8, 16, 32
 DOORS = (DOOR_TCP4, DOOR_DNS4, DOOR_TCP6, DOOR_DNS6, DOOR_DIAG, DOOR_PACKETS)
@@ -139,8 +139,11 @@ def encode_create(
     hostname: str,
     cgroups: Sequence[str],
     layers: Sequence[PlacedLayer],
+    root_owns: bool = False,
 ) -> bytes:
-    """What the launcher needs to build a cell. ``processes``: RLIMIT_NPROC, 0 for none.
+    """What the launcher needs to build a cell.
+
+    ``processes``: RLIMIT_NPROC, 0 for none. ``root_owns``: ``GuestRoot`` is ``owner``; needs a range of ids.
 
     Raises:
         InvalidInput: too many layers, or the first is not at ``/``.
@@ -151,7 +154,7 @@ def encode_create(
     if count > MAX_LAYERS:
         raise InvalidInput(f"the image has {count} directories in its layers; at most {MAX_LAYERS} can be stacked")
     p = Packer()
-    p.word(SPEC_SINGLE_ID if ids.is_single else 0)
+    p.word((SPEC_SINGLE_ID if ids.is_single else 0) | (SPEC_OWNER if root_owns else 0))
     for value in (ids.base, ids.range_size, *ids.inner, *ids.outer, port, processes):
         p.word(value)
     p.text(hostname)
