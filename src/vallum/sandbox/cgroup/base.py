@@ -13,7 +13,7 @@ from typing import Protocol
 from vallum.core.limits import Limits
 from vallum.sandbox.base import Usage
 
-LEAF_GRACE_S = 60.0
+LEAF_GRACE_S = 15.0
 """An empty leaf younger than this is never removed: a command may be on its way into it."""
 
 
@@ -50,6 +50,10 @@ class CellGroup(Protocol):
 
     def open_leaf(self, step: int) -> Leaf:
         """A fresh leaf charged to ``step``."""
+        ...
+
+    def prepare_leaf(self, step: int) -> None:
+        """Do now what the next :meth:`open_leaf` of ``step`` would do, as far as it can be done before; may do nothing."""
         ...
 
     def move(self, pid: int, step: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ PERIOD_US = 100_000
 """Period of CPU quotas, the kernel's default."""
 
 _PRUNE_ABOVE = 32
+_PRUNE_AT_ONCE = 4
+"""Leaves looked at when another is opened: more than one, so that their number falls, and few, so that a step opens fast."""
 
 
 @dataclass
@@ -40,7 +43,8 @@ class _Leaf:
     step: int
     name: str
     fd: int
-    opened_s: float
+    id: int
+    opened_s: float = 0.0
 
 
 class V2Group:
@@ -54,6 +58,8 @@ class V2Group:
         self._quotas = quotas
         self._leaves: dict[str, _Leaf] = {}
         self._newest: dict[int, _Leaf] = {}
+        self._by_step: dict[int, list[_Leaf]] = {}
+        self._ready: dict[int, _Leaf] = {}
         self._count: dict[int, int] = {}
         self._step_of_id: dict[int, int] = {}
         self._retired_cpu_ns: dict[int, int] = {}
@@ -75,15 +81,31 @@ class V2Group:
         """See the contract."""
         self._owner = uid
         self._give(f"{self._path}/cgroup.procs")
-        for leaf in self._leaves.values():
+        for leaf in (*self._leaves.values(), *self._ready.values()):
             self._give(f"{self._path}/{leaf.name}/cgroup.procs")
 
     def open_leaf(self, step: int) -> Leaf:
-        """See the contract. About 60 us: mkdir, open, stat, and chown where delegated."""
+        """See the contract. About 60 us: mkdir, open, stat, and chown where delegated; 5 us for one that was prepared."""
         if not self._settled:
             self._settle()
         if len(self._leaves) > _PRUNE_ABOVE:
             self._prune()
+        leaf = self._ready.pop(step, None) or self._make_leaf(step)
+        leaf.opened_s = time.monotonic()
+        self._leaves[leaf.name] = leaf
+        self._newest[step] = leaf
+        self._by_step.setdefault(step, []).append(leaf)
+        self._step_of_id[leaf.id] = step
+        if None in self._frozen or step in self._frozen:
+            files.write_text(f"{self._path}/{leaf.name}/cgroup.freeze", "1")
+        return Leaf(cgroup_id=leaf.id, fd=leaf.fd)
+
+    def prepare_leaf(self, step: int) -> None:
+        """See the contract."""
+        if self._settled and step not in self._ready:
+            self._ready[step] = self._make_leaf(step)
+
+    def _make_leaf(self, step: int) -> _Leaf:
         count = self._count.get(step, 0)
         name = f"s{step}" if count == 0 else f"s{step}.{count}"
         try:
@@ -92,16 +114,9 @@ class V2Group:
         except OSError as error:
             raise SandboxError(f"the cgroup of step {step} cannot be made in {self._path}: {error.strerror}") from error
         self._count[step] = count + 1
-        leaf = _Leaf(step=step, name=name, fd=fd, opened_s=time.monotonic())
-        self._leaves[name] = leaf
-        self._newest[step] = leaf
-        cgroup_id = os.fstat(fd).st_ino
-        self._step_of_id[cgroup_id] = step
         if self._owner is not None:
-            self._give(f"{self._path}/{name}/cgroup.procs")
-        if None in self._frozen or step in self._frozen:
-            files.write_text(f"{self._path}/{name}/cgroup.freeze", "1")
-        return Leaf(cgroup_id=cgroup_id, fd=fd)
+            self._chown(f"{self._path}/{name}/cgroup.procs", self._owner)
+        return _Leaf(step=step, name=name, fd=fd, id=os.fstat(fd).st_ino)
 
     def move(self, pid: int, step: int) -> None:
         """See the contract. Costs one RCU grace period (milliseconds) unless the mount has ``favordynmods``."""
@@ -180,7 +195,7 @@ class V2Group:
 
     def remove(self) -> None:
         """See the contract."""
-        for leaf in self._leaves.values():
+        for leaf in (*self._leaves.values(), *self._ready.values()):
             _close(leaf)
         if self._fd >= 0:
             os.close(self._fd)
@@ -215,7 +230,7 @@ class V2Group:
         paths = [f"{self._path}/{leaf.name}" for leaf in self._leaves_of(step)]
         cpu_us = sum(files.read_pairs(f"{path}/cpu.stat").get("usage_usec", 0) for path in paths)
         with_memory = "memory" in self._controllers
-        peaks = [files.read_int(f"{path}/memory.peak") for path in paths]
+        peaks = [files.read_int(f"{path}/memory.peak") for path in paths] if with_memory else []
         return Usage(
             cpu_ns=cpu_us * 1000 + self._retired_cpu_ns.get(step, 0),
             memory_bytes=sum(files.read_int(f"{path}/memory.current") or 0 for path in paths) if with_memory else None,
@@ -232,7 +247,7 @@ class V2Group:
     # Inner workings
 
     def _leaves_of(self, step: int | None) -> Iterator[_Leaf]:
-        return (leaf for leaf in self._leaves.values() if step is None or leaf.step == step)
+        return iter(list(self._leaves.values()) if step is None else self._by_step.get(step, []))
 
     def _settle(self) -> None:
         """Move PID 1 from the cell's directory into ``init``, then let leaves count memory and pids each."""
@@ -246,30 +261,40 @@ class V2Group:
         self._settled = True
 
     def _prune(self) -> None:
-        """Remove empty leaves, keeping what they have used, so that a long episode does not fill the kernel."""
+        """Remove a few of the oldest empty leaves, keeping what they have used, so that a long episode does not fill the kernel."""
         before_s = time.monotonic() - LEAF_GRACE_S
-        for leaf in [leaf for leaf in self._leaves.values() if leaf.opened_s < before_s]:
+        for leaf in list(itertools.islice(self._leaves.values(), _PRUNE_AT_ONCE)):
+            if leaf.opened_s >= before_s:
+                return  # the others are younger still
             path = f"{self._path}/{leaf.name}"
             cpu_us = files.read_pairs(f"{path}/cpu.stat").get("usage_usec", 0)
+            del self._leaves[leaf.name]
             try:
                 Path(path).rmdir()
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise SandboxError(f"the cgroup {path} cannot be removed: {error.strerror}") from error
+                leaf.opened_s = time.monotonic()  # in use: to the end of the queue
+                self._leaves[leaf.name] = leaf
                 continue
             _close(leaf)
-            del self._leaves[leaf.name]
+            self._by_step[leaf.step].remove(leaf)
+            if not self._by_step[leaf.step]:
+                del self._by_step[leaf.step]
             if self._newest.get(leaf.step) is leaf:
                 del self._newest[leaf.step]
             self._retired_cpu_ns[leaf.step] = self._retired_cpu_ns.get(leaf.step, 0) + cpu_us * 1000
 
     def _give(self, path: str) -> None:
-        if self._owner is None or Path(path).stat().st_uid == self._owner:
-            return
+        if self._owner is not None and Path(path).stat().st_uid != self._owner:
+            self._chown(path, self._owner)
+
+    @staticmethod
+    def _chown(path: str, owner: int) -> None:
         try:
-            os.chown(path, self._owner, -1)
+            os.chown(path, owner, -1)
         except OSError as error:
-            raise SandboxError(f"{path} cannot be given to user {self._owner}: {error.strerror}") from error
+            raise SandboxError(f"{path} cannot be given to user {owner}: {error.strerror}") from error
 
     def _put(self, pid: int, name: str) -> None:
         path = f"{self._path}/{name}/cgroup.procs"

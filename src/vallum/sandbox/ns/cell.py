@@ -112,9 +112,17 @@ class NsCell:
         """See the contract."""
         self._check_alive()
         if self._by_group is not None:
-            return self._by_group.leaf(step).cgroup_id
+            leaf = self._by_group.leaf(step)
+            # Steps are numbered one after the other: the next one's leaf is made while this one's command starts.
+            asyncio.get_running_loop().call_soon(self._prepare_step, step + 1)
+            return leaf.cgroup_id
         await self._keeper(step)
         return None
+
+    def _prepare_step(self, step: int) -> None:
+        if self._by_group is not None and self._control.is_open:
+            with contextlib.suppress(SandboxError):  # whoever needs it will be told
+                self._by_group.prepare(step)
 
     async def move(self, child: Child, *, step: int) -> None:
         """See the contract."""
@@ -263,6 +271,20 @@ class NsCell:
                 f"{path!r} could not be {verb}: the helper in the cell was killed (by the guest, or out of memory)",
                 "EIO",
             )
+
+    async def try_walls(self) -> int:
+        """Try from inside what no guest may do; 0 when all of it was refused, else bits of native/check.c.
+
+        Preconditions: no command has run in this cell.
+
+        Raises:
+            SandboxError: it could not be tried.
+        """
+        job = self._request(wire.I_CHECK, wire.encode_check(user=self._spec.image.user))
+        status = await self._own(job, job.ended)
+        if isinstance(status, _Failure) or not os.WIFEXITED(status):
+            raise SandboxError("the walls of a cell could not be tried: the child that tries them did not come to its end")
+        return os.WEXITSTATUS(status)
 
     # ------------------------------------------------------------------ the end
 
