@@ -12,6 +12,15 @@ RESOLVER = "198.18.0.53"
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+PAM = """# Root may become anyone of this cell; nobody else may, since no password matches.
+auth sufficient pam_rootok.so
+auth required pam_deny.so
+account required pam_permit.so
+password required pam_deny.so
+session required pam_permit.so
+"""
+"""``/etc/pam.d/other``, for every program: the host's own modules are of no use inside, and ``adduser`` needs some answer."""
+
 _SYSTEM = (
     ("daemon", 1, "/usr/sbin"),
     ("bin", 2, "/bin"),

@@ -141,6 +141,7 @@ def collect(root: Path, *, shell: str, hostname: str) -> Tree:
     """The skeleton as a tree: reads the host, writes nothing."""
     tree: Tree = {
         "etc": make_dir(),
+        "etc/skel": make_dir(),
         "home/agent": make_dir(uid=accounts.AGENT_ID),
         "work": make_dir(uid=accounts.AGENT_ID),
         "root": make_dir(0o700),
@@ -169,6 +170,7 @@ def collect(root: Path, *, shell: str, hostname: str) -> Tree:
         "etc/profile": make_file(accounts.PROFILE),
         "etc/bash.bashrc": make_file(accounts.BASHRC),
         "etc/shells": make_file("/bin/sh\n/bin/bash\n"),
+        "etc/pam.d/other": make_file(accounts.PAM),
         "etc/mtab": make_link("/proc/self/mounts"),
     }
     return add_parents(tree)
