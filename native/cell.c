@@ -152,8 +152,9 @@ static void allow_inheriting(void) {
         fail(errno, "keep the capabilities of the cell's root");
 }
 
-/* After this the process can do nothing but start commands as guest users and signal them. */
-static void drop_everything(const struct spec *s) {
+/* After this the process can do nothing but start commands as guest users and signal them.
+ * Returns the Landlock ABI in force, 0 where there is none. */
+static int drop_everything(const struct spec *s) {
     bool single = s->flags & SPEC_SINGLE_ID, owner = s->flags & SPEC_OWNER;
     /* A core limit of exactly 1 makes the kernel skip the host's core handler as well (core(5), coredump.c). */
     set_limit(RLIMIT_CORE, 1);
@@ -179,10 +180,14 @@ static void drop_everything(const struct spec *s) {
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 || prctl(PR_SET_DUMPABLE, 0) < 0)
         fail(errno, "set no_new_privs");
     umask(022);
+    int landlock = install_landlock();
+    if (landlock < 0)
+        fail(errno, "restrict the cell by Landlock");
     if (install_walls(owner) < 0)
         fail(errno, "install the seccomp filter");
     /* Set last: changing user clears it. The parent is the launcher. */
     prctl(PR_SET_PDEATHSIG, SIGKILL);
+    return landlock;
 }
 
 static void run_cell(const struct spec *s, int sync, int control) {
@@ -218,8 +223,8 @@ static void run_cell(const struct spec *s, int sync, int control) {
     if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
         fail(errno, "open /dev/null in the cell");
     close(null);
-    drop_everything(s);
-    uint32_t ready[2] = {'r', doors.mask};
+    int landlock = drop_everything(s);
+    uint32_t ready[2] = {'r', doors.mask | (uint32_t)landlock << LANDLOCK_SHIFT};
     if (send_message(sync, ready, sizeof ready, doors.fds, doors.count) < 0)
         fail(errno, "hand out the doors");
     close_fds(doors.fds, doors.count);

@@ -285,6 +285,15 @@ static void write_one(const struct command *c, struct payload *p) {
     _exit(0);
 }
 
+/* Walls are what a command has: its fork wall, too. */
+static void check_one(const struct command *c, struct payload *p) {
+    struct user user;
+    become(c, take_str(p), &user);
+    if (install_fork_wall() < 0)
+        give_up(STAGE_SETUP, errno);
+    _exit(check_walls());
+}
+
 void run_command(const struct command *given) {
     struct command c = *given;
     /* Out of the way of the numbers that the command's own descriptors will have. */
@@ -300,6 +309,8 @@ void run_command(const struct command *given) {
         spawn(&c, &p);
     else if (c.op == I_READ)
         read_one(&c, &p);
+    else if (c.op == I_CHECK)
+        check_one(&c, &p);
     else
         write_one(&c, &p);
     _exit(1);

@@ -218,7 +218,7 @@ void serve_cell(int control, struct guard guard) {
         if (got <= 0)
             _exit(0);
         if (got >= (ssize_t)HEAD) {
-            if (m.op == I_SPAWN || m.op == I_READ || m.op == I_WRITE)
+            if (m.op == I_SPAWN || m.op == I_READ || m.op == I_WRITE || m.op == I_CHECK)
                 start(control, guard, &m, fds, count);
             else if (m.op == I_SIGNAL)
                 signal_child(&m);

@@ -291,6 +291,9 @@ static void build_proc(int root) {
     attach_at(fd, root, "proc");
     /* The guest's own servers may take low ports: they are only its own loopback. Before it becomes read-only. */
     write_file(NEW_ROOT "/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+    /* A socket that is closed right after connecting is kept as a small TIME_WAIT stub, which has no cgroup, while this
+       is at most 60 s; beyond, it stays a socket, and whose step it was can still be asked. */
+    write_file(NEW_ROOT "/proc/sys/net/ipv4/tcp_fin_timeout", "61");
     int null = open("/dev/null", O_PATH | O_CLOEXEC);
     if (null < 0)
         fail(errno, "open /dev/null");

@@ -28,11 +28,12 @@ struct message {
 
 enum launcher_op { L_CREATE = 1, L_CANCEL = 2, L_REMOVE = 3 };
 enum launcher_reply { L_READY = 1, L_FAILED = 2, L_REMOVED = 3 };
-enum init_op { I_SPAWN = 1, I_SIGNAL = 2, I_KEEPER = 3, I_READ = 4, I_WRITE = 5 };
+enum init_op { I_SPAWN = 1, I_SIGNAL = 2, I_KEEPER = 3, I_READ = 4, I_WRITE = 5, I_CHECK = 20 };
 enum init_event { E_HELLO = 1, E_STARTED = 2, E_FAILED = 3, E_EXITED = 4, E_KEEPER = 5 };
 enum spawn_flag { SPAWN_LEAF = 1, SPAWN_PTY = 2 };
 enum stage { STAGE_CLONE = 1, STAGE_SETUP = 2, STAGE_USER = 3, STAGE_CWD = 4, STAGE_EXEC = 5, STAGE_FILE = 6 };
 enum door { DOOR_TCP4 = 1, DOOR_DNS4 = 2, DOOR_TCP6 = 4, DOOR_DNS6 = 8, DOOR_DIAG = 16, DOOR_PACKETS = 32 };
+#define LANDLOCK_SHIFT 8                   /* above the doors in the same word: the Landlock ABI in force */
 enum spec_flag { SPEC_SINGLE_ID = 1, SPEC_OWNER = 2 };
 
 /* What root of an owner cell (SPEC_OWNER) keeps, in the cell's own user namespace only: to own and to give away files, and
@@ -92,6 +93,12 @@ void open_network(const struct spec *spec, struct doors *doors);
 /* --- seccomp.c --- */
 int install_walls(bool owner);
 int install_fork_wall(void);
+
+/* --- check.c --- */
+int check_walls(void);                     /* one bit for each control that does not hold */
+
+/* --- landlock.c --- */
+int install_landlock(void);               /* ABI, 0: none, -1 with errno */
 
 /* --- init.c, command.c --- */
 struct guard {

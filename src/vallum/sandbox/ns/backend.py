@@ -28,6 +28,7 @@ from vallum.sandbox.cgroup.base import CellGroup, Driver
 from vallum.sandbox.ns import wire
 from vallum.sandbox.ns.cell import NsCell
 from vallum.sandbox.ns.channel import Channel, close_all, make_payload
+from vallum.sandbox.ns.controls import check_essential, describe
 from vallum.sandbox.ns.explain import explain_build, name_of
 from vallum.sandbox.ns.steps import GroupSteps
 
@@ -101,6 +102,7 @@ class NsBackend:
         self._places: dict[str, _Place] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._tiers: dict[str, str] = {}
+        self._landlock = 0
 
     # ------------------------------------------------------------------ start and stop
 
@@ -149,7 +151,7 @@ class NsBackend:
         lower = self._cells_dir / "attempt"
         lower.mkdir(mode=0o755, exist_ok=True)
         image = Image(
-            ref="attempt", digest="", layers=[Layer(at="/", lowers=[str(lower)])], environ={}, user="0", workdir="/"
+            ref="attempt", digest="", layers=[Layer(at="/", lowers=[str(lower)])], environ={}, user="1000", workdir="/"
         )
         spec = CellSpec(id="attempt-cell", image=image, limits=Limits(memory_bytes=None, pids=None, disk_bytes=None))
         why = "no ranges of ids are given to this node"
@@ -160,10 +162,12 @@ class NsBackend:
                 raise
             why = str(error)
             self._uids = None
-            cell = await self._create(replace_user(spec, str(ROOTLESS_USER[0])))
-        doors = cell.doors
-        self._tiers = describe(has_range=self._uids is not None, why_not=why, doors=doors)
-        await cell.close()
+            cell = await self._create(spec)
+        try:
+            check_essential(await cell.try_walls())
+        finally:
+            await cell.close()
+        self._tiers = describe(has_range=self._uids is not None, why_not=why, doors=cell.doors, landlock=self._landlock)
         await self._remove([lower])
 
     def probe(self) -> dict[str, str]:
@@ -256,6 +260,7 @@ class NsBackend:
         if reply.op != wire.L_READY:
             close_all(fds)
             raise explain_build(reply.text, reply.a)
+        self._landlock = reply.b >> wire.LANDLOCK_SHIFT
         pidfd, control, doors = take_doors(fds, reply.b)
         cell = NsCell(
             spec, pid=reply.a, pidfd=pidfd, control=control, doors=doors, rootless=place.ids.is_single, clean_up=self._clean_up,
@@ -346,15 +351,6 @@ class NsBackend:
                 future.set_exception(SandboxError("the launcher of cells has ended, and its cells with it; try again"))
 
 
-def replace_user(spec: CellSpec, user: str) -> CellSpec:
-    """The same cell for another default user. Pure."""
-    image = spec.image
-    return CellSpec(
-        id=spec.id, limits=spec.limits, hostname=spec.hostname, root=spec.root,
-        image=Image(ref=image.ref, digest=image.digest, layers=image.layers, environ=image.environ, user=user, workdir=image.workdir),
-    )  # fmt: skip
-
-
 def choose_layers(layers: list[Layer], ids: wire.Ids, owner_of: Callable[[str], int]) -> list[Layer]:
     """What can be had: without a range of ids a layer of another owner cannot be copied up, so it is read-only.
 
@@ -403,26 +399,3 @@ def take_doors(fds: list[int], mask: int) -> tuple[int, socket.socket, Doors]:
         diag=found.get(wire.DOOR_DIAG),
     )
     return pidfd, socket.socket(fileno=control), doors
-
-
-def describe(*, has_range: bool, why_not: str, doors: Doors) -> dict[str, str]:
-    """Controls of this level, as attempted. Pure."""
-    enforced = "enforced"
-    return {
-        "cell.namespaces": enforced,
-        "cell.capabilities": enforced,
-        "cell.seccomp": enforced,
-        "cell.users": enforced
-        if has_range
-        else f"degraded: one user per cell, the node's own ({why_not}); run the node as root",
-        "net.redirect": enforced,
-        "net.dns": enforced,
-        "net.ipv6": enforced if len(doors.tcp) > 1 else "enforced (this kernel has no IPv6, so neither has a cell)",
-        "net.packets": enforced
-        if doors.packets
-        else "degraded: dropped packets are not seen; load the kernel module nfnetlink_log",
-        "net.owners": enforced
-        if doors.diag
-        else "degraded: who owns a connection is not known; load the kernel module inet_diag",
-        "disk.quota": "missing: the cells' own layers share one file system; keep them on one of a fitting size",
-    }

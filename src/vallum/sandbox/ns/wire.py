@@ -22,7 +22,7 @@ MAX_PAYLOAD = 512 * 1024 * 1024
 L_CREATE, L_CANCEL, L_REMOVE = 1, 2, 3
 L_READY, L_FAILED, L_REMOVED = 1, 2, 3
 # node -> PID 1, and back
-I_SPAWN, I_SIGNAL, I_KEEPER, I_READ, I_WRITE = 1, 2, 3, 4, 5
+I_SPAWN, I_SIGNAL, I_KEEPER, I_READ, I_WRITE, I_CHECK = 1, 2, 3, 4, 5, 20
 E_HELLO, E_STARTED, E_FAILED, E_EXITED, E_KEEPER = 1, 2, 3, 4, 5
 
 SPAWN_LEAF, SPAWN_PTY = 1, 2
@@ -31,6 +31,9 @@ STAGE_CLONE, STAGE_SETUP, STAGE_USER, STAGE_CWD, STAGE_EXEC, STAGE_FILE = 1, 2, 
 DOOR_TCP4, DOOR_DNS4, DOOR_TCP6, DOOR_DNS6, DOOR_DIAG, DOOR_PACKETS = 1, 2, 4, 8, 16, 32
 DOORS = (DOOR_TCP4, DOOR_DNS4, DOOR_TCP6, DOOR_DNS6, DOOR_DIAG, DOOR_PACKETS)
 """The order in which a cell hands them out."""
+
+LANDLOCK_SHIFT = 8
+"""Above the doors in the same word: the Landlock ABI in force."""
 
 WARDEN_UID = 65535
 """PID 1's user inside a cell; refused for commands."""
@@ -205,6 +208,13 @@ def encode_write(*, user: str, path: str, mode: int, data: bytes) -> bytes:
     p.text(path)
     p.word(mode & 0o777)
     p.parts.append(data)
+    return p.bytes()
+
+
+def encode_check(*, user: str) -> bytes:
+    """Try the walls as ``user``."""
+    p = Packer()
+    p.text(user)
     return p.bytes()
 
 
