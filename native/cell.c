@@ -33,6 +33,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 int fail_sock = -1;
@@ -55,7 +56,7 @@ static void parse(struct spec *s, int payload_fd) {
     struct payload p = read_payload(payload_fd);
     if (!p.at)
         fail(errno, "read the request");
-    uint32_t *words[] = {&s->flags, &s->base, &s->range, &s->inner_uid, &s->inner_gid, &s->outer_uid, &s->outer_gid, &s->port, &s->nproc};
+    uint32_t *words[] = {&s->flags, &s->base, &s->range, &s->inner_uid, &s->inner_gid, &s->outer_uid, &s->outer_gid, &s->port, &s->nproc, &s->store};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         *words[i] = take_u32(&p);
     s->hostname = take_str(&p);
@@ -70,9 +71,10 @@ static void parse(struct spec *s, int payload_fd) {
         l->at = take_str(&p);
         l->writable = take_u32(&p);
         l->upper_dir = take_str(&p);
+        l->sealed = take_u32(&p);
         l->lowers = take_list(&p, &l->count, 500);
         total += l->count + 1;
-        if (l->count < 1 || l->at[0] != '/')
+        if (l->count < 1 || l->sealed > l->count || l->at[0] != '/')
             p.bad = true;
     }
     if (!s->layers || p.bad || total > 512 || strcmp(s->layers[0].at, "/") != 0)
@@ -99,6 +101,39 @@ static void map_ids(const struct spec *s, pid_t pid) {
         snprintf(text, sizeof text, "%u %u 1\n", s->inner_uid, s->outer_uid);
     if (write_file(path, text) < 0)
         fail(errno, "map user ids into the user namespace");
+}
+
+/* A user namespace in which the store's ids are the cell's: sealed layers are seen through it. -1 when none is needed.
+ * The kernel takes ids from namespaces only, so a child makes one, and is gone when it has been opened. */
+static int map_store(const struct spec *s) {
+    bool needed = false;
+    for (uint32_t i = 0; i < s->n_layers; i++)
+        needed = needed || s->layers[i].sealed;
+    if (!needed)
+        return -1;
+    int pidfd = -1;
+    struct clone_args args = {.flags = CLONE_NEWUSER | CLONE_PIDFD, .exit_signal = SIGCHLD, .pidfd = (uint64_t)(uintptr_t)&pidfd};
+    pid_t pid = (pid_t)syscall(SYS_clone3, &args, sizeof args);
+    if (pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        for (;;)
+            pause();
+    }
+    char path[64], text[64];
+    int fd = -1;
+    snprintf(text, sizeof text, "%u %u %u\n", s->store, s->base, s->range);
+    for (int i = 0; pid > 0 && i < 2; i++) {
+        snprintf(path, sizeof path, "/proc/%d/%cid_map", pid, "gu"[i]);
+        if (write_file(path, text) < 0)
+            fail(errno, "map the ids of sealed layers");
+    }
+    snprintf(path, sizeof path, "/proc/%d/ns/user", pid);
+    if (pid < 0 || (fd = open(path, O_RDONLY | O_CLOEXEC)) < 0)
+        fail(errno, "make a user namespace for sealed layers");
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+    close(pidfd);
+    return fd;
 }
 
 /* Wait for one byte of the other side; a message longer than that is its failure, which is passed on. */
@@ -275,7 +310,7 @@ void build_cell(int node, uint32_t id, int payload_fd, volatile pid_t *cell) {
         int userns = open(text, O_RDONLY | O_CLOEXEC);
         if (userns < 0)
             fail(errno, "open the cell's user namespace");
-        map_trees(&s, &trees, userns);
+        map_trees(&s, &trees, userns, map_store(&s));
     }
     say(sync[0], 'g');
     if (!single) {

@@ -58,12 +58,16 @@ static void work_remove(int node, uint32_t id, int payload_fd) {
     _exit(0);
 }
 
+static uint32_t reply_of(uint32_t op) {
+    return op == L_CREATE ? L_FAILED : op == L_SEAL ? L_SEALED : L_REMOVED;
+}
+
 static void start(int node, const struct message *m, int payload_fd) {
     int slot = 0;
     while (slot < MAX_JOBS && jobs[slot].pid)
         slot++;
     if (slot == MAX_JOBS) {
-        tell(node, m->op == L_CREATE ? L_FAILED : L_REMOVED, m->id, EAGAIN, "too many requests at once");
+        tell(node, reply_of(m->op), m->id, EAGAIN, "too many requests at once");
         return;
     }
     cells[slot] = 0;
@@ -77,10 +81,12 @@ static void start(int node, const struct message *m, int payload_fd) {
         sigprocmask(SIG_SETMASK, &none, NULL);
         if (m->op == L_CREATE)
             build_cell(node, m->id, payload_fd, &cells[slot]);
+        if (m->op == L_SEAL)
+            seal_layer(node, m->id, payload_fd);
         work_remove(node, m->id, payload_fd);
     }
     if (pid < 0) {
-        tell(node, m->op == L_CREATE ? L_FAILED : L_REMOVED, m->id, errno, "start a process to work on it");
+        tell(node, reply_of(m->op), m->id, errno, "start a process to work on it");
         return;
     }
     jobs[slot] = (struct job){pid, m->id, m->op};
@@ -106,7 +112,7 @@ static void reap(int node) {
                 continue; /* it has answered */
             if (cells[i] > 0)
                 kill(cells[i], SIGKILL);
-            tell(node, jobs[i].op == L_CREATE ? L_FAILED : L_REMOVED, jobs[i].id, ECANCELED, "the work was cancelled or killed");
+            tell(node, reply_of(jobs[i].op), jobs[i].id, ECANCELED, "the work was cancelled or killed");
         }
 }
 
@@ -148,7 +154,7 @@ void run_launcher(int node) {
             exit(0);
         }
         if (got >= (ssize_t)HEAD) {
-            if ((m.op == L_CREATE || m.op == L_REMOVE) && count == 1)
+            if ((m.op == L_CREATE || m.op == L_REMOVE || m.op == L_SEAL) && count == 1)
                 start(node, &m, fds[0]);
             else if (m.op == L_CANCEL)
                 for (int i = 0; i < MAX_JOBS; i++)

@@ -144,11 +144,11 @@ void open_trees(const struct spec *s, struct trees *trees) {
                 fail(errno, "make the layer %s read-only", s->layers[i].lowers[j]);
 }
 
-void map_trees(const struct spec *s, struct trees *trees, int userns) {
+void map_trees(const struct spec *s, struct trees *trees, int userns, int store_userns) {
     int n = 0;
     for (uint32_t i = 0; i < s->n_layers; i++)
         for (uint32_t j = 0; j < s->layers[i].count; j++)
-            if (restrict_mount(trees->fds[n++], SAFE | MOUNT_ATTR_RDONLY | MOUNT_ATTR_IDMAP, userns) < 0)
+            if (restrict_mount(trees->fds[n++], SAFE | MOUNT_ATTR_RDONLY | MOUNT_ATTR_IDMAP, j < s->layers[i].sealed ? store_userns : userns) < 0)
                 fail(errno, "map the ids of the layer %s", s->layers[i].lowers[j]);
 }
 

@@ -26,8 +26,8 @@ struct message {
 };
 #define HEAD offsetof(struct message, text)
 
-enum launcher_op { L_CREATE = 1, L_CANCEL = 2, L_REMOVE = 3 };
-enum launcher_reply { L_READY = 1, L_FAILED = 2, L_REMOVED = 3 };
+enum launcher_op { L_CREATE = 1, L_CANCEL = 2, L_REMOVE = 3, L_SEAL = 4 };
+enum launcher_reply { L_READY = 1, L_FAILED = 2, L_REMOVED = 3, L_SEALED = 4 };
 enum init_op { I_SPAWN = 1, I_SIGNAL = 2, I_KEEPER = 3, I_READ = 4, I_WRITE = 5, I_CHECK = 20 };
 enum init_event { E_HELLO = 1, E_STARTED = 2, E_FAILED = 3, E_EXITED = 4, E_KEEPER = 5 };
 enum spawn_flag { SPAWN_LEAF = 1, SPAWN_PTY = 2 };
@@ -60,11 +60,11 @@ const char **take_list(struct payload *p, uint32_t *count, uint32_t most); /* NU
 /* --- cell.c, mounts.c, net.c --- */
 struct layer {
     const char *at, *upper_dir;
-    uint32_t writable, count;
+    uint32_t writable, count, sealed;      /* the first `sealed` lowers are owned by the store's ids */
     const char **lowers;
 };
 struct spec {
-    uint32_t flags, base, range, inner_uid, inner_gid, outer_uid, outer_gid, port, nproc;
+    uint32_t flags, base, range, inner_uid, inner_gid, outer_uid, outer_gid, port, nproc, store;
     const char *hostname;
     uint32_t n_cgroups, n_layers;
     const char **cgroups;
@@ -83,7 +83,7 @@ struct trees {
     int count;
 };
 void open_trees(const struct spec *spec, struct trees *trees);
-void map_trees(const struct spec *spec, struct trees *trees, int userns);
+void map_trees(const struct spec *spec, struct trees *trees, int userns, int store_userns);
 void stage_make(const struct spec *spec);
 void stage_move(const struct spec *spec, struct trees *trees);
 void build_tree(const struct spec *spec);
@@ -124,5 +124,8 @@ int find_user(const char *wanted, struct user *out); /* 0 or -errno */
 
 /* --- rmtree.c --- */
 int remove_tree(const char *path);         /* 0 or -errno; never follows a symlink, never leaves the file system tree */
+
+/* --- seal.c --- */
+void seal_layer(int node, uint32_t id, int payload_fd) __attribute__((noreturn));
 
 #endif

@@ -34,6 +34,8 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
     """Host directories, the uppermost first. Never written to."""
     writable: bool = True
     """Whether the guest gets a private upper layer here (copy-on-write) or sees the lowers read-only."""
+    sealed: int = 0
+    """How many of ``lowers``, from the first, are sealed layers (their owners are ids of the store, not the image's)."""
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,8 +19,8 @@ MAX_LAYERS = 448
 MAX_PAYLOAD = 512 * 1024 * 1024
 
 # node -> launcher, and back
-L_CREATE, L_CANCEL, L_REMOVE = 1, 2, 3
-L_READY, L_FAILED, L_REMOVED = 1, 2, 3
+L_CREATE, L_CANCEL, L_REMOVE, L_SEAL = 1, 2, 3, 4
+L_READY, L_FAILED, L_REMOVED, L_SEALED = 1, 2, 3, 4
 # node -> PID 1, and back
 I_SPAWN, I_SIGNAL, I_KEEPER, I_READ, I_WRITE, I_CHECK = 1, 2, 3, 4, 5, 20
 E_HELLO, E_STARTED, E_FAILED, E_EXITED, E_KEEPER = 1, 2, 3, 4, 5
@@ -37,6 +37,10 @@ LANDLOCK_SHIFT = 8
 
 WARDEN_UID = 65535
 """PID 1's user inside a cell; refused for commands."""
+
+STORE_BASE = 0x7FFE_0000
+"""Host id that id 0 of a sealed layer has on disk: systemd's "foreign" range (UIDS-GIDS.md), made for trees of others
+that are kept on disk. No process has these ids; a cell sees them as its own through an idmapped mount."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ def encode_create(
         raise InvalidInput(f"the image has {count} directories in its layers; at most {MAX_LAYERS} can be stacked")
     p = Packer()
     p.word((SPEC_SINGLE_ID if ids.is_single else 0) | (SPEC_OWNER if root_owns else 0))
-    for value in (ids.base, ids.range_size, *ids.inner, *ids.outer, port, processes):
+    for value in (ids.base, ids.range_size, *ids.inner, *ids.outer, port, processes, STORE_BASE):
         p.word(value)
     p.text(hostname)
     p.texts(cgroups)
@@ -167,6 +171,7 @@ def encode_create(
         p.text(placed.layer.at)
         p.word(int(placed.layer.writable))
         p.text(placed.upper_dir)
+        p.word(placed.layer.sealed)
         p.texts(placed.layer.lowers)
     return p.bytes()
 
@@ -215,6 +220,26 @@ def encode_check(*, user: str) -> bytes:
     """Try the walls as ``user``."""
     p = Packer()
     p.text(user)
+    return p.bytes()
+
+
+def encode_seal(
+    *, ids: Ids, sources: Sequence[tuple[int, str]], below: Sequence[tuple[int, str]], tree: str, listing: str
+) -> bytes:
+    """Seal ``sources`` (host id of id 0, directory; the uppermost first), which lie on ``below``, as one.
+
+    ``tree``: the new directory, "" to make nothing but the new file ``listing``.
+    """
+    p = Packer()
+    for value in (ids.range_size, ids.inner[0], STORE_BASE):
+        p.word(value)
+    p.text(tree)
+    p.text(listing)
+    for places in (sources, below):
+        p.word(len(places))
+        for base, path in places:
+            p.word(base)
+            p.text(path)
     return p.bytes()
 
 
