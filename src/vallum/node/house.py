@@ -11,16 +11,17 @@ import logging
 import os
 import platform
 import secrets
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from hashlib import sha256
 
 from vallum.client import wire
 from vallum.client.places import Places
 from vallum.core import clock
-from vallum.core.errors import CellGone, Contained, ControlMissing, InvalidInput, RecordError, VallumError
+from vallum.core.errors import CellGone, Contained, ControlMissing, GuestFileError, InvalidInput, RecordError, VallumError
 from vallum.core.events import ContainmentAction, EpisodeEnded, EpisodeStarted, FileWrite, RunStarted
 from vallum.core.limits import Limits
 from vallum.core.scope import BY_NODE, Scope, check_id, make_run_id
+from vallum.core.text import show
 from vallum.node.commands import CommandRunner, open_shell, run_in_shell
 from vallum.node.door import Door
 from vallum.node.live import LiveCell
@@ -36,6 +37,20 @@ log = logging.getLogger(__name__)
 
 QUOTAS = {"cpus": "cgroup.cpu", "memory_bytes": "cgroup.memory", "pids": "cgroup.pids", "disk_bytes": "disk.quota"}
 """Limit -> the control that enforces it."""
+
+FILE_WITHIN_S = 60.0
+"""How long one file of a guest may take. The guest can slow down whoever reads or writes for it, so it has an end."""
+
+
+@contextlib.asynccontextmanager
+async def _in_time(path: str) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(FILE_WITHIN_S):
+            yield
+    except TimeoutError:
+        raise GuestFileError(
+            f"{show(path)!r} was given up after {FILE_WITHIN_S:.0f} s: the guest holds up whoever opens it", "ETIMEDOUT"
+        ) from None
 
 
 class House:
@@ -340,14 +355,15 @@ class House:
 
     async def read_file(self, request: wire.ReadFile, client: int) -> bytes:
         """Read a file of a cell."""
-        return await self.get(request.sandbox, client).cell.read_file(
-            request.path, user=request.user, limit_bytes=request.limit_bytes
-        )
+        live = self.get(request.sandbox, client)
+        async with _in_time(request.path):
+            return await live.cell.read_file(request.path, user=request.user, limit_bytes=request.limit_bytes)
 
     async def write_file(self, request: wire.WriteFile, client: int) -> None:
         """Write a file of a cell; it is recorded as the node's own act."""
         live = self.get(request.sandbox, client)
-        await live.cell.write_file(request.path, request.data, user=request.user, mode=request.mode)
+        async with _in_time(request.path):
+            await live.cell.write_file(request.path, request.data, user=request.user, mode=request.mode)
         live.emit(
             FileWrite(
                 t_ns=clock.wall_ns(),
