@@ -30,7 +30,7 @@ from vallum.node.recorder import Recorder, RunBook
 from vallum.node.watch import Watch
 from vallum.rules.files import compose, parse_ruleset
 from vallum.sandbox.base import Backend, CellSpec, Image
-from vallum.sandbox.images.resolve import resolve, with_mounts
+from vallum.sandbox.images.resolve import resolve_in_thread, with_mounts
 from vallum.version import __version__
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class House:
             )
         own = parse_ruleset(request.rules, request.rules_name) if request.rules is not None else None
         ruleset = compose(request.containment, own=own, allow=request.allow)
-        image = self._image(request)
+        image = await self._image(request)
         limits = self._limits(request.limits)
         book = self._book(request, client, ruleset.containment)
         cell_id = f"c{secrets.token_hex(5)}"
@@ -145,9 +145,9 @@ class House:
             raise
         return wire.SandboxMade(sandbox=cell_id, run=book.run, episode=episode, pid=cell.pid, rootless=cell.rootless)
 
-    def _image(self, request: wire.CreateSandbox) -> Image:
+    async def _image(self, request: wire.CreateSandbox) -> Image:
         image = with_mounts(
-            self._resolve(request.image), request.mounts, refuse=[self._places.state, self._places.runtime]
+            await self._resolve(request.image), request.mounts, refuse=[self._places.state, self._places.runtime]
         )
         environ = {**image.environ, **request.environ}
         return Image(
@@ -159,11 +159,11 @@ class House:
             workdir=request.workdir or image.workdir,
         )
 
-    def _resolve(self, ref: str) -> Image:
+    async def _resolve(self, ref: str) -> Image:
         """The image of a reference; that of the host is prepared once in the life of a node."""
         image = self._images.get(ref)
         if image is None:
-            image = resolve(
+            image = await resolve_in_thread(
                 ref,
                 images_dir=self._places.images,
                 rootless=not self.tiers.get("cell.users", "").startswith("enforced"),
@@ -250,6 +250,8 @@ class House:
         if live.is_closing:
             return 0
         live.is_closing = True
+        with contextlib.suppress(VallumError):
+            live.settle()
         survivors = await live.cell.close()
         self._watch.remove(live)
         with contextlib.suppress(VallumError):
