@@ -75,14 +75,14 @@ async def test_samples_the_cell_at_once_and_a_step_when_it_closes():
     sampler = ResourceSampler(node)
     sampler.watch("c", lambda step: usage, scope)
     sampler.open_step("c", 3)
-    sampler.close_step("c", 3)
-    assert [(type(e), e.scope.step, e.cpu_ns) for e in node.events] == [
+    last = sampler.close_step("c", 3, usage)
+    assert [(type(e), e.scope.step, e.cpu_ns) for e in [*node.events, last]] == [
         (ResourceSample, None, 5),
         (ResourceSample, 3, 5),
     ]
     sampler.unwatch("c")
-    sampler.close_step("c", 4)
-    assert len(node.events) == 2
+    assert sampler.close_step("c", 4, usage) is None
+    assert len(node.events) == 1
 
 
 async def test_looks_again_within_a_second_of_work():

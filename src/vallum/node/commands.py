@@ -23,7 +23,7 @@ from vallum.core.errors import (
     StepTimeout,
     VallumError,
 )
-from vallum.core.events import ToolCall, ToolResult
+from vallum.core.events import AnyEvent, ToolCall, ToolResult
 from vallum.core.scope import BY_NODE
 from vallum.core.text import keep
 from vallum.node.live import LiveCell, Shell, Step
@@ -49,7 +49,15 @@ class Running:
     step: Step
     child: Child
     feed: Feed | None
-    cancelled: asyncio.Event
+    is_cancelled: bool = False
+    limit: asyncio.Timeout | None = None
+    """Around the wait for its end."""
+
+    def cancel(self) -> None:
+        """End it and what its step started; whoever waits for it is told."""
+        self.is_cancelled = True
+        if self.limit is not None:
+            self.limit.reschedule(asyncio.get_running_loop().time())
 
 
 def shorten(value: object) -> object:
@@ -115,13 +123,13 @@ class CommandRunner:
             StepTimeout, Contained, CellGone, InvalidInput
         """
         request, live = self._request, self._live
-        step = await live.enter_step(request.step, "exec", request.tool_call)
+        step, opening = await live.enter_step(request.step, "exec", request.tool_call)
         arguments: dict[str, object] = {
             "argv": [keep(word) for word in request.argv],
             "cwd": request.cwd,
             "user": request.user,
         }
-        call = Call(live, step, "exec", arguments)
+        call = Call(live, step, "exec", arguments, opening)
         command = Command(
             argv=request.argv,
             environ=request.environ or None,
@@ -152,7 +160,7 @@ class CommandRunner:
             if fd is not None
         ]
         feed = Feed(child.stdin, closes=not request.pty) if child.stdin is not None else None
-        self.running = Running(live=live, step=step, child=child, feed=feed, cancelled=asyncio.Event())
+        self.running = Running(live=live, step=step, child=child, feed=feed)
         if feed is not None:
             if request.stdin is not None:
                 feed.write(request.stdin)
@@ -182,51 +190,47 @@ class CommandRunner:
         return lambda data: relay(name, data)
 
 
-async def wait_or_stop(
-    running: Running, timeout_s: float | None, done: asyncio.Future[Exit] | None = None
-) -> tuple[Exit, str]:
+async def wait_or_stop(running: Running, timeout_s: float | None) -> tuple[Exit, str]:
     """Wait for the command; at its time-out or cancellation end everything its step started.
 
     Returns how it ended and why it was stopped (empty, ``timeout`` or ``cancelled``).
     """
     live, child = running.live, running.child
-    ended = done or asyncio.ensure_future(live.cell.wait(child))
-    cancelled = asyncio.ensure_future(running.cancelled.wait())
     try:
-        await first_of(ended, cancelled, timeout_s)
-        if ended.done():
-            return ended.result(), ""
-        stopped = "cancelled" if cancelled.done() else "timeout"
-        await live.cell.kill_step(running.step.index)
-        try:
-            return await asyncio.wait_for(asyncio.shield(ended), KILL_WAIT_S), stopped
-        except TimeoutError:
-            raise SandboxError(
-                f"a command of cell {live.id} could not be killed within {KILL_WAIT_S:.0f} s: the cell is given up"
-            ) from None
+        async with asyncio.timeout(0 if running.is_cancelled else timeout_s) as running.limit:
+            return await live.cell.wait(child), ""
+    except TimeoutError:
+        stopped = "cancelled" if running.is_cancelled else "timeout"
     finally:
-        cancelled.cancel()
-        if not ended.done():
-            ended.cancel()
+        running.limit = None
+    await live.cell.kill_step(running.step.index)
+    try:
+        return await asyncio.wait_for(live.cell.wait(child), KILL_WAIT_S), stopped
+    except TimeoutError:
+        raise SandboxError(
+            f"a command of cell {live.id} could not be killed within {KILL_WAIT_S:.0f} s: the cell is given up"
+        ) from None
 
 
 class Call:
     """A tool call in the record: written when made, closed once."""
 
-    def __init__(self, live: LiveCell, step: Step, name: str, arguments: dict[str, object]) -> None:
+    def __init__(
+        self, live: LiveCell, step: Step, name: str, arguments: dict[str, object], opening: list[AnyEvent]
+    ) -> None:
+        """``opening`` is recorded before it, in the same write."""
         self._live = live
         self._step = step
         self._started_ns = clock.mono_ns()
-        self._id = live.emit(
-            ToolCall(
-                t_ns=clock.wall_ns(),
-                mono_ns=self._started_ns,
-                scope=live.scope(step.index),
-                attribution=BY_NODE,
-                name=name,
-                arguments=json.dumps({name: shorten(value) for name, value in arguments.items()}, ensure_ascii=True),
-            )
+        made = ToolCall(
+            t_ns=clock.wall_ns(),
+            mono_ns=self._started_ns,
+            scope=live.scope(step.index),
+            attribution=BY_NODE,
+            name=name,
+            arguments=json.dumps({name: shorten(value) for name, value in arguments.items()}, ensure_ascii=True),
         )
+        self._id = live.book.emit_all([*opening, made])[-1]
 
     def finish(
         self,
@@ -291,7 +295,7 @@ class Call:
     def close_own_step(self) -> None:
         """Close the step unless it was opened for several commands."""
         if not self._step.is_block:
-            self._live.close_step(self._step)
+            self._live.close_step_soon(self._step)
 
 
 async def open_shell(live: LiveCell, request: wire.OpenSession, session: str) -> Shell:
@@ -325,8 +329,8 @@ async def run_in_shell(live: LiveCell, shell: Shell, request: wire.SessionRun) -
         CellGone: the shell has ended.
     """
     async with shell.lock:
-        step = await live.enter_step(request.step, "session", request.tool_call)
-        call = Call(live, step, "session.run", {"command": request.command, "session": shell.id})
+        step, opening = await live.enter_step(request.step, "session", request.tool_call)
+        call = Call(live, step, "session.run", {"command": request.command, "session": shell.id}, opening)
         await live.cell.move(shell.child, step=step.index)
         return await _converse(live, shell, step, call, request)
 

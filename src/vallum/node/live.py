@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from vallum.core import clock
-from vallum.core.errors import InvalidInput
+from vallum.core.errors import InvalidInput, VallumError
 from vallum.core.events import AnyEvent, StepClosed, StepOpened
 from vallum.core.limits import Limits
 from vallum.core.scope import BY_NODE, Attribution, Scope
 from vallum.node.recorder import RunBook
-from vallum.sandbox.base import Cell, Child
+from vallum.sandbox.base import Cell, Child, Usage
+
+log = logging.getLogger(__name__)
 
 MAX_TOOL_CALL_CHARS = 512
 """It is written into every event of the step."""
@@ -52,8 +55,12 @@ class StepWatcher(Protocol):
         """A step has begun."""
         ...
 
-    def step_closing(self, live: LiveCell, step: int) -> None:
-        """A step is about to be closed."""
+    def step_closing(self, live: LiveCell, step: int) -> Usage:
+        """A step is about to be closed; what it has used."""
+        ...
+
+    def last_sample(self, live: LiveCell, step: int, usage: Usage) -> AnyEvent | None:
+        """What is to be recorded of a step's use at its end."""
         ...
 
 
@@ -72,6 +79,7 @@ class LiveCell:
         self._exits: deque[tuple[int, int | None]] = deque(maxlen=256)
         self.shells: dict[str, Shell] = {}
         self.steps: dict[int, Step] = {}
+        self._due: list[Step] = []
         self.contained: str | None = None
         """Why containment ended it."""
         self.is_closing = False
@@ -92,6 +100,12 @@ class LiveCell:
 
     async def open_step(self, cause: str, tool_call: str | None, *, is_block: bool = False) -> Step:
         """Begin the next step; its record is written before anything runs in it."""
+        step, opening = await self._begin_step(cause, tool_call, is_block=is_block)
+        self.emit(opening)
+        return step
+
+    async def _begin_step(self, cause: str, tool_call: str | None, *, is_block: bool) -> tuple[Step, AnyEvent]:
+        self.settle()
         if tool_call is not None and len(tool_call) > MAX_TOOL_CALL_CHARS:
             raise InvalidInput(
                 f"a tool call id of {len(tool_call)} characters is too long: at most {MAX_TOOL_CALL_CHARS}"
@@ -99,55 +113,73 @@ class LiveCell:
         step = Step(index=len(self.steps), tool_call=tool_call, opened_ns=clock.mono_ns(), is_block=is_block)
         self.steps[step.index] = step
         cgroup_id = await self.cell.open_step(step.index)
-        self.emit(
-            StepOpened(
-                t_ns=clock.wall_ns(),
-                mono_ns=step.opened_ns,
-                scope=self.scope(step.index),
-                attribution=BY_NODE,
-                cause=cause,
-                cgroup_id=cgroup_id,
-            )
-        )
         self._watcher.step_opened(self, step.index)
-        return step
+        return step, StepOpened(
+            t_ns=clock.wall_ns(),
+            mono_ns=step.opened_ns,
+            scope=self.scope(step.index),
+            attribution=BY_NODE,
+            cause=cause,
+            cgroup_id=cgroup_id,
+        )
 
-    async def enter_step(self, index: int | None, cause: str, tool_call: str | None) -> Step:
-        """The open step ``index``, or a new one when it is None.
+    async def enter_step(self, index: int | None, cause: str, tool_call: str | None) -> tuple[Step, list[AnyEvent]]:
+        """The open step ``index``, or a new one when it is None, and what the caller must record before it runs anything.
 
         Raises:
             InvalidInput: there is no such step, or it is closed.
         """
         if index is None:
-            return await self.open_step(cause, tool_call)
-        step = self.steps.get(index)
-        if step is None or not step.is_open:
-            state = "is closed" if step else "does not exist"
+            step, opening = await self._begin_step(cause, tool_call, is_block=False)
+            return step, [opening]
+        found = self.steps.get(index)
+        if found is None or not found.is_open:
+            state = "is closed" if found else "does not exist"
             raise InvalidInput(f"step {index} of cell {self.id} {state}: open one with `async with sb.step()`")
-        return step
+        return found, []
+
+    def close_step_soon(self, step: Step) -> None:
+        """End a step when the loop turns next: after the answer of its command has been sent, and before any request
+        that comes in answer to that is looked at."""
+        step.is_open = False
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._close_due)
+        self._due.append(step)
+
+    def settle(self) -> None:
+        """Close the steps that are to be closed soon, now."""
+        while self._due:
+            self.close_step(self._due.pop(0))
+
+    def _close_due(self) -> None:
+        try:
+            self.settle()
+        except VallumError as error:
+            # The recorder has told the node, which ends the cell.
+            log.error("a step of cell %s could not be closed in the record: %s", self.id, error)
 
     def close_step(self, step: Step) -> None:
         """End a step. What it left running stays charged to it."""
         step.is_open = False
-        self._watcher.step_closing(self, step.index)
-        usage = self.cell.usage(step.index)
-        running = set(self.cell.pids(step.index)) - {shell.child.pid for shell in self.shells.values()}
+        usage = self._watcher.step_closing(self, step.index)
+        running = set(self.cell.pids(step.index) if usage.pids != 0 else ())
+        running -= {shell.child.pid for shell in self.shells.values()}
         now = clock.mono_ns()
         counted = self.book.tally(self.episode).processes_by_step.get(step.index)
-        self.emit(
-            StepClosed(
-                t_ns=clock.wall_ns(),
-                mono_ns=now,
-                scope=self.scope(step.index),
-                attribution=BY_NODE,
-                duration_ns=now - step.opened_ns,
-                exit_code=step.exit_code,
-                cpu_ns=usage.cpu_ns,
-                memory_peak_bytes=usage.memory_peak_bytes,
-                processes=counted,
-                left_running=len(running),
-            )
+        last = self._watcher.last_sample(self, step.index, usage)
+        closed = StepClosed(
+            t_ns=clock.wall_ns(),
+            mono_ns=now,
+            scope=self.scope(step.index),
+            attribution=BY_NODE,
+            duration_ns=now - step.opened_ns,
+            exit_code=step.exit_code,
+            cpu_ns=usage.cpu_ns,
+            memory_peak_bytes=usage.memory_peak_bytes,
+            processes=counted,
+            left_running=len(running),
         )
+        self.book.emit_all([closed] if last is None else [last, closed])
 
     def note_exit(self, step: int | None) -> None:
         """A process of ``step`` has ended just now."""

@@ -7,7 +7,7 @@ further ``emit`` raises, so nothing can go on unrecorded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,21 +103,31 @@ class RunBook:
         Raises:
             RecordError: it could not be appended.
         """
+        return self.emit_all([event])[0]
+
+    def emit_all(self, events: Sequence[AnyEvent]) -> range:
+        """:meth:`emit` of several at the price of one write: all of them or none. Returns their numbers.
+
+        Raises:
+            RecordError: they could not be appended.
+        """
         try:
-            number = self.ledger.append(event)
+            numbers = self.ledger.append_many(events)
         except RecordError as error:
             if not self._blind:
                 self._blind = True
                 self._on_blind(self.run, str(error))
             raise
-        self._count(event)
-        if not isinstance(event, Finding):
+        for number, event in zip(numbers, events, strict=True):
+            self._count(event)
+            if isinstance(event, Finding):
+                continue
             for finding in self._bank.observe(Record(id=number, event=event)):
                 self.emit(finding)
             if self._bank.failed and not self._blind:
                 self._blind = True
                 self._on_blind(self.run, f"the detectors {', '.join(sorted(self._bank.failed))} failed")
-        return number
+        return numbers
 
     def tally(self, episode: str) -> Tally:
         """Counts of one episode."""

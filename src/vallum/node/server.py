@@ -93,7 +93,7 @@ class Client:
             return
         running = runner.running
         if isinstance(request, wire.Cancel):
-            running.cancelled.set()
+            running.cancel()
         elif isinstance(request, wire.Resize):
             self._spawn(running.live.cell.resize(running.child, request.rows, request.columns))
         elif 1 <= request.signum < signal.NSIG:

@@ -10,6 +10,7 @@ from vallum.core.events import AnyEvent, Process, ProcessExited
 from vallum.core.scope import Attribution, Scope
 from vallum.node.live import LiveCell
 from vallum.node.recorder import Recorder
+from vallum.sandbox.base import Usage
 from vallum.sensors.attribution import SocketAttributor
 from vallum.sensors.nflog import NflogReader
 from vallum.sensors.proc_connector import ProcConnector
@@ -95,8 +96,8 @@ class Watch:
             self._poll.start_polling(live.id)
         self._resources.open_step(live.id, step)
 
-    def step_closing(self, live: LiveCell, step: int) -> None:
-        """A step is about to be closed: what it did is told before."""
+    def step_closing(self, live: LiveCell, step: int) -> Usage:
+        """A step is about to be closed: what it did is told before. What it has used."""
         if self._connector is not None:
             self._connector.drain()
         if self._poll is not None:
@@ -104,7 +105,11 @@ class Watch:
         reader = self._packets.get(live.id)
         if reader is not None:
             reader.settle()
-        self._resources.close_step(live.id, step)
+        return live.cell.usage(step)
+
+    def last_sample(self, live: LiveCell, step: int, usage: Usage) -> AnyEvent | None:
+        """The last sample of a step; None when the cell is not sampled any more."""
+        return self._resources.close_step(live.id, step, usage)
 
     # ------------------------------------------------------------------ asked by the gateway and the packet log
 

@@ -116,17 +116,18 @@ class ResourceSampler:
         watched = self._cells.get(cell)
         if watched is not None:
             watched.open_steps.add(step)
-            watched.wait_s = BUSY_S
-            self._schedule(cell, watched)
+            if watched.wait_s > BUSY_S or watched.timer is None:
+                watched.wait_s = BUSY_S
+                self._schedule(cell, watched)
 
-    def close_step(self, cell: str, step: int) -> None:
-        """A last sample of the step, whatever the last one said."""
+    def close_step(self, cell: str, step: int, usage: UsageLike) -> ResourceSample | None:
+        """The last sample of the step, whatever the one before said, for the caller to record; None for an unknown cell."""
         watched = self._cells.get(cell)
-        if watched is not None:
-            watched.open_steps.discard(step)
-            watched.last.pop(step, None)
-            self._look(cell, watched, step)
-            watched.last.pop(step, None)
+        if watched is None:
+            return None
+        watched.open_steps.discard(step)
+        watched.last.pop(step, None)
+        return _sample(watched, step, _read(usage))
 
     def _tick(self, cell: str) -> None:
         watched = self._cells.get(cell)
@@ -148,25 +149,31 @@ class ResourceSampler:
             usage = watched.usage(step)
         except (SandboxError, OSError):
             return False  # it is ending; its last sample is the one of the step's close
-        now = (usage.cpu_ns, usage.memory_bytes, usage.memory_peak_bytes, usage.pids, usage.oom_kills)
+        now = _read(usage)
         if not is_news(watched.last.get(step), now):
             return False
         watched.last[step] = now
         try:
-            self._hooks.emit(
-                ResourceSample(
-                    t_ns=wall_ns(),
-                    mono_ns=mono_ns(),
-                    scope=watched.scope_of_step(step),
-                    attribution=BY_NODE,
-                    cpu_ns=now[0],
-                    memory_bytes=now[1],
-                    memory_peak_bytes=now[2],
-                    pids=now[3],
-                    oom_kills=now[4],
-                )
-            )
+            self._hooks.emit(_sample(watched, step, now))
         except RecordError as error:
             self.unwatch(cell)
             self._hooks.record_failed(cell, error)
         return True
+
+
+def _read(usage: UsageLike) -> Reading:
+    return (usage.cpu_ns, usage.memory_bytes, usage.memory_peak_bytes, usage.pids, usage.oom_kills)
+
+
+def _sample(watched: _Watched, step: int | None, reading: Reading) -> ResourceSample:
+    return ResourceSample(
+        t_ns=wall_ns(),
+        mono_ns=mono_ns(),
+        scope=watched.scope_of_step(step),
+        attribution=BY_NODE,
+        cpu_ns=reading[0],
+        memory_bytes=reading[1],
+        memory_peak_bytes=reading[2],
+        pids=reading[3],
+        oom_kills=reading[4],
+    )
