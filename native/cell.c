@@ -77,6 +77,13 @@ static void parse(struct spec *s, int payload_fd) {
         if (l->count < 1 || l->sealed > l->count || l->at[0] != '/')
             p.bad = true;
     }
+    if (s->flags & SPEC_RUNTIME) {
+        s->runtime = take_list(&p, &s->n_runtime, 64);
+        s->bundle = take_str(&p);
+        s->session = take_str(&p);
+        if (!s->n_runtime)
+            p.bad = true;
+    }
     if (!s->layers || p.bad || total > 512 || strcmp(s->layers[0].at, "/") != 0)
         fail(EBADMSG, "read the request (at most 448 layers; the first must be at /)");
 }
@@ -249,6 +256,11 @@ static void run_cell(const struct spec *s, int sync, int control) {
         open_network(s, &doors); /* while the builder moves the layers in */
         expect(sync, 'm', NULL, NULL, NULL);
     }
+    if (s->flags & SPEC_RUNTIME) {
+        set_limit(RLIMIT_CORE, 1);
+        set_limit(RLIMIT_NOFILE, 65536);
+        run_runtime(s, sync, control, &doors);
+    }
     build_tree(s);
     if (sethostname(s->hostname, strlen(s->hostname)) < 0 || setdomainname("", 0) < 0)
         fail(errno, "set the host name");
@@ -264,7 +276,7 @@ static void run_cell(const struct spec *s, int sync, int control) {
         fail(errno, "hand out the doors");
     close_fds(doors.fds, doors.count);
     close(sync);
-    serve_cell(control, (struct guard){single, s->flags & SPEC_OWNER, s->inner_uid, s->inner_gid});
+    serve_cell(control, (struct guard){single, s->flags & SPEC_OWNER, s->inner_uid, s->inner_gid, false});
 }
 
 void build_cell(int node, uint32_t id, int payload_fd, volatile pid_t *cell) {
@@ -322,7 +334,7 @@ void build_cell(int node, uint32_t id, int payload_fd, volatile pid_t *cell) {
         stage_move(&s, &trees);
         say(sync[0], 'm');
     }
-    int fds[8] = {pidfd, control[0]}, count = 6;
+    int fds[10] = {pidfd, control[0]}, count = 8;
     uint32_t mask = 0;
     expect(sync[0], 'r', fds + 2, &count, &mask);
     struct message m = {.op = L_READY, .id = id, .a = pid, .b = (int32_t)mask};

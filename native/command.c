@@ -33,6 +33,11 @@ static void become(const struct command *c, const char *wanted, struct user *use
     int err = find_user(wanted, user);
     if (err)
         give_up(STAGE_USER, -err);
+    /* A runtime's kernel knows no SECBIT_NOROOT: an exec as root would gain what is in the bounding set. */
+    if (c->guard.given)
+        for (int cap = 0; cap < 64; cap++)
+            if (prctl(PR_CAPBSET_DROP, cap) < 0 && errno != EINVAL)
+                give_up(STAGE_SETUP, errno);
     if (c->guard.single_id) {
         if (user->uid != c->guard.uid)
             give_up(STAGE_USER, EPERM);
@@ -57,7 +62,7 @@ static void become(const struct command *c, const char *wanted, struct user *use
 /* --- commands --- */
 
 static void hello(const struct command *c, const int *fds, int count) {
-    struct message m = {.op = E_HELLO, .id = c->id};
+    struct message m = {.op = E_HELLO, .id = c->id, .a = getpid()};
     if (send_message(c->control, &m, HEAD, fds, count) < 0)
         give_up(STAGE_SETUP, errno);
     close_fds(fds, count);
@@ -73,8 +78,20 @@ static void make_pipe(bool to_guest, int *ours, int *theirs) {
         give_up(STAGE_SETUP, errno);
 }
 
+/* close_range() to the end; some kernels take no number that is negative as an int. */
+static int close_above(unsigned first) {
+    return close_range(first, ~0u, 0) < 0 ? close_range(first, INT_MAX, 0) : 0;
+}
+
+static void take_streams(const struct command *c, uint32_t rows, uint32_t columns);
+static void use_streams(const int *theirs, int n);
+
 static void connect_streams(const struct command *c, uint32_t rows, uint32_t columns) {
     int ours[MAX_FDS], theirs[MAX_FDS], n = 0, mine = 0;
+    if (c->guard.given) {
+        take_streams(c, rows, columns);
+        return;
+    }
     if (c->flags & SPAWN_PTY) {
         struct winsize size = {.ws_row = (unsigned short)rows, .ws_col = (unsigned short)columns};
         int unlock = 0, master = open("/dev/pts/ptmx", O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK), slave = -1;
@@ -91,6 +108,11 @@ static void connect_streams(const struct command *c, uint32_t rows, uint32_t col
     for (uint32_t i = 0; i < c->extra; i++)
         make_pipe(i % 2 == 0, &ours[mine++], &theirs[n++]);
     hello(c, ours, mine);
+    use_streams(theirs, n);
+}
+
+/* Descriptors 0 to n-1 of the command, and nothing else. */
+static void use_streams(const int *theirs, int n) {
     for (int i = 0; i < n; i++)
         if (dup2(theirs[i], i) < 0)
             give_up(STAGE_SETUP, errno);
@@ -98,8 +120,28 @@ static void connect_streams(const struct command *c, uint32_t rows, uint32_t col
     if (dup3(status_fd, n, O_CLOEXEC) < 0)
         give_up(STAGE_SETUP, errno);
     status_fd = n;
-    if (close_range((unsigned)n + 1, ~0u, 0) < 0)
+    if (close_above((unsigned)n + 1) < 0)
         give_up(STAGE_SETUP, errno);
+}
+
+/* As connect_streams(), with pipes that the node has made: the runtime's kernel cannot hand ours out. */
+static void take_streams(const struct command *c, uint32_t rows, uint32_t columns) {
+    int theirs[MAX_FDS];
+    if (c->flags & SPAWN_PTY) {
+        if (c->n_given < 2 || (theirs[0] = open_relayed_terminal(c->given[0], c->given[1], rows, columns)) < 0)
+            give_up(STAGE_SETUP, c->n_given < 2 ? EBADMSG : errno);
+        theirs[1] = theirs[2] = theirs[0];
+    } else {
+        for (int i = 0; i < 3; i++)
+            theirs[i] = i < c->n_given ? c->given[i] : -1;
+    }
+    int skip = c->flags & SPAWN_PTY ? 2 : 3;
+    if (c->n_given != skip + (int)c->extra)
+        give_up(STAGE_SETUP, EBADMSG);
+    for (uint32_t i = 0; i < c->extra; i++)
+        theirs[3 + i] = c->given[skip + (int)i];
+    hello(c, NULL, 0);
+    use_streams(theirs, 3 + (int)c->extra);
 }
 
 static const char *lookup(const char **env, const char *key) {
@@ -243,9 +285,15 @@ static void read_one(const struct command *c, struct payload *p) {
     become(c, wanted, &user);
     int ours, theirs;
     int fd = open_regular(path, O_RDONLY, 0);
-    make_pipe(false, &ours, &theirs);
+    if (c->guard.given) {
+        if (c->n_given != 1)
+            give_up(STAGE_SETUP, EBADMSG);
+        ours = -1, theirs = c->given[0];
+    } else {
+        make_pipe(false, &ours, &theirs);
+    }
     fcntl(theirs, F_SETPIPE_SZ, 1 << 20); /* fewer wake-ups; no matter when refused */
-    hello(c, &ours, 1);
+    hello(c, &ours, c->guard.given ? 0 : 1);
     signal(SIGPIPE, SIG_DFL);
     move_bytes(fd, theirs, most);
     _exit(0);
@@ -300,6 +348,11 @@ void run_command(const struct command *given) {
     c.control = fcntl(c.control, F_DUPFD_CLOEXEC, 400);
     c.payload = fcntl(c.payload, F_DUPFD_CLOEXEC, 400);
     status_fd = fcntl(c.status, F_DUPFD_CLOEXEC, 400);
+    int pipes[MAX_FDS];
+    for (int i = 0; i < c.n_given; i++)
+        if ((pipes[i] = fcntl(c.given[i], F_DUPFD_CLOEXEC, 400)) < 0)
+            _exit(1);
+    c.given = pipes;
     if (c.control < 0 || c.payload < 0 || status_fd < 0 || close_range(3, 399, 0) < 0)
         _exit(1);
     struct payload p = read_payload(c.payload);

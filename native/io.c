@@ -107,6 +107,8 @@ struct payload read_payload(int fd) {
         return p;
     p.at = base;
     p.end = base + st.st_size;
+    p.base = base;
+    p.size = (size_t)st.st_size;
     return p;
 }
 

@@ -62,6 +62,8 @@ static void run_sealed(char **argv) {
 }
 
 int main(int argc, char **argv) {
+    if (argc == 2 && strcmp(argv[1], "guest") == 0)
+        run_guest();
     if (argc != 3 || strcmp(argv[1], "launcher") != 0) {
         fprintf(stderr, "vallum-cell is started by the vallum node; it does nothing by itself\n");
         return 2;

@@ -364,6 +364,28 @@ void build_tree(const struct spec *s) {
     close(root);
 }
 
+void build_rootfs(const struct spec *s) {
+    umask(0);
+    build_layers(s);
+    int root = open(NEW_ROOT, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (root < 0)
+        fail(errno, "open the cell's root");
+    static const char *const points[] = {"proc", "sys", "dev", "run", "tmp"};
+    for (size_t i = 0; i < sizeof points / sizeof *points; i++)
+        close(open_dir(root, points[i]));
+    int tmp = open_beneath(root, "tmp", O_RDONLY | O_DIRECTORY);
+    struct stat st;
+    if (tmp < 0 || fstat(tmp, &st) < 0 || ((st.st_mode & 07777) != 01777 && fchmod(tmp, 01777) < 0))
+        fail(errno, "open /tmp of the image to all users of the cell");
+    close(tmp);
+    close(root);
+    int fd = must_mount("/proc", "proc", NULL, SAFE | MOUNT_ATTR_NOEXEC);
+    if (attach(fd, AT_FDCWD, "/proc") < 0)
+        fail(errno, "attach /proc");
+    close(fd);
+    write_file("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+}
+
 void enter_tree(void) {
     if (chdir(NEW_ROOT) < 0 || syscall(SYS_pivot_root, ".", ".") < 0)
         fail(errno, "make the cell's tree the root");

@@ -28,13 +28,13 @@ struct message {
 
 enum launcher_op { L_CREATE = 1, L_CANCEL = 2, L_REMOVE = 3, L_SEAL = 4 };
 enum launcher_reply { L_READY = 1, L_FAILED = 2, L_REMOVED = 3, L_SEALED = 4 };
-enum init_op { I_SPAWN = 1, I_SIGNAL = 2, I_KEEPER = 3, I_READ = 4, I_WRITE = 5, I_CHECK = 20 };
+enum init_op { I_SPAWN = 1, I_SIGNAL = 2, I_KEEPER = 3, I_READ = 4, I_WRITE = 5, I_CHECK = 20, I_KILL = 30 };
 enum init_event { E_HELLO = 1, E_STARTED = 2, E_FAILED = 3, E_EXITED = 4, E_KEEPER = 5 };
 enum spawn_flag { SPAWN_LEAF = 1, SPAWN_PTY = 2 };
 enum stage { STAGE_CLONE = 1, STAGE_SETUP = 2, STAGE_USER = 3, STAGE_CWD = 4, STAGE_EXEC = 5, STAGE_FILE = 6 };
-enum door { DOOR_TCP4 = 1, DOOR_DNS4 = 2, DOOR_TCP6 = 4, DOOR_DNS6 = 8, DOOR_DIAG = 16, DOOR_PACKETS = 32 };
+enum door { DOOR_TCP4 = 1, DOOR_DNS4 = 2, DOOR_TCP6 = 4, DOOR_DNS6 = 8, DOOR_DIAG = 16, DOOR_PACKETS = 32, DOOR_TRACE = 64, DOOR_LOG = 128 };
 #define LANDLOCK_SHIFT 8                   /* above the doors in the same word: the Landlock ABI in force */
-enum spec_flag { SPEC_SINGLE_ID = 1, SPEC_OWNER = 2 };
+enum spec_flag { SPEC_SINGLE_ID = 1, SPEC_OWNER = 2, SPEC_RUNTIME = 1024 };
 
 /* What root of an owner cell (SPEC_OWNER) keeps, in the cell's own user namespace only: to own and to give away files, and
  * to become the cell's other users. Never CAP_KILL: without it no guest has all that our own processes have before
@@ -49,7 +49,8 @@ int raise_fd(int fd);                      /* move to a high number, so that low
 int write_file(const char *path, const char *text);
 
 struct payload {
-    char *at, *end;
+    char *at, *end, *base;                 /* base, size: the mapping */
+    size_t size;
     bool bad;
 };
 struct payload read_payload(int fd);       /* .at == NULL with errno when it cannot be read */
@@ -69,10 +70,12 @@ struct spec {
     uint32_t n_cgroups, n_layers;
     const char **cgroups;
     struct layer *layers;
+    uint32_t n_runtime;                    /* SPEC_RUNTIME: what to run instead of our PID 1, and its two files */
+    const char **runtime, *bundle, *session;
 };
 struct doors {
     uint32_t mask;
-    int fds[6], count;
+    int fds[8], count;
 };
 void build_cell(int node, uint32_t id, int payload_fd, volatile pid_t *cell) __attribute__((noreturn));
 void fail(int err, const char *format, ...) __attribute__((noreturn, format(printf, 2, 3)));
@@ -87,8 +90,12 @@ void map_trees(const struct spec *spec, struct trees *trees, int userns, int sto
 void stage_make(const struct spec *spec);
 void stage_move(const struct spec *spec, struct trees *trees);
 void build_tree(const struct spec *spec);
+void build_rootfs(const struct spec *spec); /* only the layers, and a /proc of the new pid namespace over the host's */
 void enter_tree(void);
 void open_network(const struct spec *spec, struct doors *doors);
+
+/* --- runtime.c --- */
+void run_runtime(const struct spec *spec, int sync, int control, struct doors *doors) __attribute__((noreturn));
 
 /* --- seccomp.c --- */
 int install_walls(bool owner);
@@ -104,13 +111,18 @@ int install_landlock(void);               /* ABI, 0: none, -1 with errno */
 struct guard {
     bool single_id, owner;
     uint32_t uid, gid;                     /* of every command, when single_id */
+    bool given;                            /* in a runtime's kernel: pipes come from the node */
 };
 void serve_cell(int control, struct guard guard) __attribute__((noreturn));
+int open_relayed_terminal(int stream, int sizes, uint32_t rows, uint32_t columns); /* relay.c: the slave, -1 with errno */
+void run_guest(void) __attribute__((noreturn));                  /* guest.c: PID 1 in a runtime's kernel */
 struct command {
     uint32_t op, id;
     uint32_t flags, extra;                 /* of I_SPAWN */
     int payload, control, status;
     struct guard guard;
+    const int *given;                      /* with guard.given: our ends of its pipes, from the node */
+    int n_given;
 };
 void run_command(const struct command *command) __attribute__((noreturn));
 
