@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
@@ -51,6 +52,34 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     user: str = "agent"
     """User of commands unless the caller names another."""
     workdir: str = "/home/agent"
+
+
+Processes = Literal["freeze", "end"]
+"""What is done with a cell's processes while it is sealed: stopped for that moment, or ended."""
+
+
+class SealedLayer(msgspec.Struct, frozen=True, kw_only=True):
+    """One writable layer of a cell, copied as it was at one moment."""
+
+    at: str
+    """Where in the guest."""
+    number: int
+    """Its tree is ``<directory>/<number>``, its listing ``<directory>/<number>.list`` (format: native/seal.c)."""
+    digest: str
+    """``sha256:...`` of the listing, and so of every path, mode, owner and content in it."""
+    entries: int
+    bytes: int
+    """Content, holes not counted."""
+
+
+class Sealing(msgspec.Struct, frozen=True, kw_only=True):
+    """What :meth:`Cell.seal` made."""
+
+    layers: list[SealedLayer]
+    alive: int
+    """Processes of the cell at that moment. Nothing of their memory is kept."""
+    stopped_ns: int
+    """How long the cell stood still."""
 
 
 class CellSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,6 +259,24 @@ class Cell(Protocol):
         """
         ...
 
+    async def seal(
+        self, directory: Path, *, processes: Processes = "freeze", merge: bool = False, copy: bool = True
+    ) -> Sealing:
+        """Copy every writable layer into ``directory`` (empty, ours) as it is at one moment; the cell goes on.
+
+        Only files are kept. Processes, their memory and their connections are not: with ``freeze`` they stand still
+        meanwhile and go on after, with ``end`` they are killed first, so that nothing is caught halfway.
+
+        Args:
+            merge: take in the sealed layers that the cell lies on, so that the copy needs only the image.
+            copy: False makes the listings only.
+
+        Raises:
+            CellGone: the cell has ended, or ends meanwhile.
+            SandboxError: it could not be copied (disk full, directories nested too deep...); ``directory`` is to be deleted.
+        """
+        ...
+
     async def close(self) -> int:
         """End the cell: every process killed, mounts and cgroups gone, layer deleted. Returns how many were alive."""
         ...
@@ -257,6 +304,14 @@ class Backend(Protocol):
 
         Raises:
             SandboxError: it could not be built; nothing is left behind.
+        """
+        ...
+
+    async def discard(self, paths: list[Path]) -> None:
+        """Delete directories that hold what guests wrote (sealed layers, what a crash left of them).
+
+        Raises:
+            SandboxError: one cannot be deleted.
         """
         ...
 

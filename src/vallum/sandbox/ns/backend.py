@@ -17,19 +17,22 @@ import re
 import socket
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from vallum.core.errors import ControlMissing, InvalidInput, SandboxError
 from vallum.core.limits import Limits
-from vallum.sandbox.base import MIN_UID_RANGE, Cell, CellSpec, Doors, Image, Layer
+from vallum.sandbox.base import MIN_UID_RANGE, Cell, CellSpec, Doors, Image, Layer, SealedLayer
 from vallum.sandbox.cgroup.base import CellGroup, Driver
 from vallum.sandbox.ns import wire
 from vallum.sandbox.ns.cell import NsCell
 from vallum.sandbox.ns.channel import Channel, close_all, make_payload
 from vallum.sandbox.ns.controls import check_essential, describe
-from vallum.sandbox.ns.explain import explain_build, name_of
+from vallum.sandbox.ns.explain import explain_build, explain_seal, name_of
+from vallum.sandbox.ns.sealing import list_requests, read_summary
 from vallum.sandbox.ns.steps import GroupSteps
 
 BINARY = Path(__file__).resolve().parents[2] / "native" / "vallum-cell"
@@ -63,6 +66,7 @@ class _Place:
     ids: wire.Ids
     group: CellGroup | None = None
     base: int | None = None
+    layers: list[wire.PlacedLayer] = field(default_factory=list)
 
 
 class NsBackend:
@@ -240,8 +244,9 @@ class NsBackend:
             for number, layer in enumerate(choose_layers(spec.image.layers, place.ids, _owner_of)):
                 top = place.directory / str(number)
                 if layer.writable:
-                    make_upper(top, place.base)
+                    make_upper(top, place.base, layer.lowers[0] if layer.sealed else None)
                 layers.append(wire.PlacedLayer(layer, str(top) if layer.writable else ""))
+            place.layers = layers
         except OSError as error:
             raise SandboxError(f"the cell's directory {place.directory} cannot be made: {error.strerror}") from error
         if self._driver is not None:
@@ -263,7 +268,7 @@ class NsBackend:
         self._landlock = reply.b >> wire.LANDLOCK_SHIFT
         pidfd, control, doors = take_doors(fds, reply.b)
         cell = NsCell(
-            spec, pid=reply.a, pidfd=pidfd, control=control, doors=doors, rootless=place.ids.is_single, clean_up=self._clean_up,
+            spec, pid=reply.a, pidfd=pidfd, control=control, doors=doors, rootless=place.ids.is_single, clean_up=self._clean_up, seal=self._seal,
             steps=GroupSteps(group, reply.a) if group else None,
         )  # fmt: skip
         self._cells[spec.id] = cell
@@ -286,6 +291,24 @@ class NsBackend:
         if place.base is not None and self._uids is not None:
             self._uids.give_back(place.base)
         self._places.pop(cell_id, None)
+
+    # ------------------------------------------------------------------ sealing
+
+    async def _seal(self, cell_id: str, directory: Path, merge: bool, copy: bool) -> list[SealedLayer]:
+        """Copy the writable layers of a cell; see :meth:`vallum.sandbox.base.Cell.seal`."""
+        place = self._places[cell_id]
+        sealed: dict[str, SealedLayer] = {}
+        for request in list_requests(place.layers, place.ids, directory, merge=merge, copy=copy):
+            reply, fds = await self._ask(wire.L_SEAL, request.payload, within_s=None)
+            close_all(fds)
+            if reply.a:
+                raise explain_seal(reply.text, reply.a)
+            sealed.setdefault(request.at, read_summary(request, reply.text))
+        return list(sealed.values())
+
+    async def discard(self, paths: list[Path]) -> None:
+        """See the contract."""
+        await self._remove(paths)
 
     # ------------------------------------------------------------------ the launcher
 
@@ -362,7 +385,7 @@ def choose_layers(layers: list[Layer], ids: wire.Ids, owner_of: Callable[[str], 
     for layer in layers:
         may_write = layer.at == "/" or all(owner_of(lower) == ids.outer[0] for lower in layer.lowers)
         writable = layer.writable and may_write
-        chosen.append(Layer(at=layer.at, lowers=layer.lowers, writable=writable))
+        chosen.append(msgspec.structs.replace(layer, writable=writable))
     return chosen
 
 
@@ -370,10 +393,11 @@ def _owner_of(path: str) -> int:
     return os.stat(path).st_uid  # noqa: PTH116
 
 
-def make_upper(top: Path, owner: int | None) -> None:
+def make_upper(top: Path, owner: int | None, like: str | None = None) -> None:
     """``top/upper`` and ``top/work``, owned by the cell's root (``owner``; None: by us).
 
-    ``top`` may be entered by anyone who can reach it: only the cell can, its parents are 0700.
+    ``top`` may be entered by anyone who can reach it: only the cell can, its parents are 0700. ``like``: a sealed layer
+    whose own directory had another mode or owner, which the overlay shows as those of its root.
     """
     top.mkdir()
     top.chmod(0o755)
@@ -382,6 +406,11 @@ def make_upper(top: Path, owner: int | None) -> None:
         (top / name).chmod(0o755)
         if owner is not None:
             os.chown(top / name, owner, owner)
+    if like is not None:
+        seen = os.stat(like, follow_symlinks=False)  # noqa: PTH116
+        if owner is not None:
+            os.chown(top / "upper", owner + seen.st_uid - wire.STORE_BASE, owner + seen.st_gid - wire.STORE_BASE)
+        (top / "upper").chmod(seen.st_mode & 0o7777)
 
 
 def take_doors(fds: list[int], mask: int) -> tuple[int, socket.socket, Doors]:

@@ -16,13 +16,15 @@ import signal
 import socket
 import struct
 import termios
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from vallum.core.errors import CellGone, GuestFileError, InvalidInput, SandboxError
 from vallum.core.text import keep
-from vallum.sandbox.base import CellSpec, Child, Command, Doors, Exit, Usage
+from vallum.sandbox.base import CellSpec, Child, Command, Doors, Exit, Processes, SealedLayer, Sealing, Usage
 from vallum.sandbox.cgroup.base import Leaf
 from vallum.sandbox.ns import wire
 from vallum.sandbox.ns.channel import Channel, close_all, make_payload
@@ -83,6 +85,7 @@ class NsCell:
         steps: GroupSteps | None,
         rootless: bool,
         clean_up: Callable[[NsCell], Awaitable[None]],
+        seal: Callable[[str, Path, bool, bool], Awaitable[list[SealedLayer]]] | None = None,
     ) -> None:
         """Made by :class:`vallum.sandbox.ns.backend.NsBackend` only. ``steps`` None: by lineage."""
         self.id = spec.id
@@ -94,6 +97,8 @@ class NsCell:
         self._spec = spec
         self._pidfd = pidfd
         self._clean_up = clean_up
+        self._seal = seal
+        self._sealing = asyncio.Lock()
         self._jobs: dict[int, _Job] = {}
         self._serial = 0
         self._closing: asyncio.Task[int] | None = None
@@ -286,6 +291,42 @@ class NsCell:
             raise SandboxError("the walls of a cell could not be tried: the child that tries them did not come to its end")
         return os.WEXITSTATUS(status)
 
+    # ------------------------------------------------------------------ sealing
+
+    async def seal(
+        self, directory: Path, *, processes: Processes = "freeze", merge: bool = False, copy: bool = True
+    ) -> Sealing:
+        """See the contract."""
+        async with self._sealing:
+            self._check_alive()
+            if self._seal is None:
+                raise SandboxError("cells of this isolation level cannot be sealed; use level 'ns' for snapshots")
+            alive = len(self.pids())
+            if processes == "end":
+                await self._end_all()
+            since = time.monotonic_ns()
+            try:
+                await self._steps.freeze(None)
+                layers = await self._seal(self.id, directory, merge, copy)
+            except (OSError, SandboxError):
+                if self._closing is not None or self.gone.is_set():
+                    raise self._why_gone() from None
+                raise
+            finally:
+                if self._closing is None and not self.gone.is_set():
+                    await self._steps.thaw(None)
+            if self.gone.is_set():
+                raise self._why_gone()
+            return Sealing(layers=layers, alive=alive, stopped_ns=time.monotonic_ns() - since)
+
+    async def _end_all(self) -> None:
+        for _ in range(5):
+            steps = {self.step_of_pid(pid)[0] for pid in self.pids()} - {None}
+            if not steps:
+                return
+            for step in steps:
+                await self._steps.kill(step or 0, None)
+
     # ------------------------------------------------------------------ the end
 
     async def close(self) -> int:
@@ -297,6 +338,8 @@ class NsCell:
     async def _close(self) -> int:
         alive = 0 if self.gone.is_set() else len(self.pids())
         self._kill_init()
+        if self._sealing.locked() and not self.gone.is_set():
+            await self._steps.thaw(None)  # on cgroup v1 what is frozen does not die
         try:
             async with asyncio.timeout(_END_WITHIN_S):
                 await self.gone.wait()

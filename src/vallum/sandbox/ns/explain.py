@@ -52,6 +52,16 @@ def explain_build(text: str, number: int) -> SandboxError:
     return SandboxError(f"the cell could not be built: could not {show(text)}: {reason}{tail}")
 
 
+def explain_seal(text: str, number: int) -> SandboxError:
+    """Why a cell's layer could not be sealed."""
+    if number == errno.ECANCELED:
+        return SandboxError("the snapshot was given up: its work was cancelled or killed")
+    remedy = "; free disk space or inodes where snapshots are kept" if number in (errno.ENOSPC, errno.EDQUOT) else ""
+    return SandboxError(
+        f"the files of the cell could not be sealed: could not {show(text, 400)}: {os.strerror(number)} ({name_of(number)}){remedy}"
+    )
+
+
 def explain_spawn(stage: int, number: int, *, argv0: str, user: str, cwd: str) -> Exception:
     """Why a command did not start."""
     name = show(argv0)
