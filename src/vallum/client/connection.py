@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
 import select
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from vallum.client import wire
+from vallum.client.frames import FrameStream
 from vallum.client.places import Places
 from vallum.core.errors import BY_NAME, GuestFileError, InvalidInput, NodeError, StepTimeout, VallumError
 
@@ -32,14 +32,14 @@ OnOutput = Callable[[str, bytes], None]
 class Connection:
     """A client's connection. Its end ends the client's cells."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, stream: FrameStream) -> None:
+        self._stream = stream
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._listeners: dict[int, OnOutput] = {}
         self._closed = False
-        self._task = asyncio.get_running_loop().create_task(self._read())
+        stream.on_frame = self._receive
+        stream.ended.add_done_callback(self._see_end)
 
     @classmethod
     async def open(cls, places: Places) -> Connection:
@@ -49,8 +49,11 @@ class Connection:
             NodeError: it cannot be started or reached; names its log file.
         """
         sock = await _connect(places)
-        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=2**20)
-        return cls(reader, writer)
+        made: list[Connection] = []
+        await asyncio.get_running_loop().create_unix_connection(
+            lambda: FrameStream(lambda stream: made.append(cls(stream))), sock=sock
+        )
+        return made[0]
 
     def next_seq(self) -> int:
         """A number for a request."""
@@ -59,7 +62,7 @@ class Connection:
     def post(self, request: wire.AnyRequest) -> None:
         """Send a request that has no answer of its own."""
         if not self._closed:
-            self._writer.write(wire.frame(request))
+            self._stream.write(wire.frame(request))
 
     async def call(self, request: wire.AnyRequest, answer: type[T], on_output: OnOutput | None = None) -> T:
         """Send a request and wait for its answer.
@@ -75,11 +78,9 @@ class Connection:
         if on_output is not None:
             self._listeners[request.seq] = on_output
         try:
-            self._writer.write(wire.frame(request))
-            await self._writer.drain()
+            self._stream.write(wire.frame(request))
+            await self._stream.drain()
             result = await future
-        except ConnectionError as error:
-            raise NodeError(f"the node went away: {error}") from error
         finally:
             self._waiting.pop(request.seq, None)
             self._listeners.pop(request.seq, None)
@@ -88,26 +89,20 @@ class Connection:
     async def close(self) -> None:
         """End the connection, and with it every cell of this client."""
         self._closed = True
-        self._writer.close()
-        with contextlib.suppress(ConnectionError):
-            await self._writer.wait_closed()
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        self._stream.close()
+        await self._stream.ended
 
-    async def _read(self) -> None:
+    def _receive(self, body: bytes) -> None:
+        self._take(wire.decode_message(body))
+
+    def _see_end(self, ended: asyncio.Future[str]) -> None:
+        self._closed = True
         reason = "the node went away; its cells are gone and what they had done is in the record"
-        try:
-            while (body := await wire.read_frame(self._reader)) is not None:
-                self._take(wire.decode_message(body))
-        except (NodeError, msgspec.MsgspecError) as error:
-            reason = f"the node sent something unreadable: {error}"
-        finally:
-            self._closed = True
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(NodeError(reason))
-            self._writer.close()
+        if ended.result():
+            reason = f"the node sent something unreadable: {ended.result()}"
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(NodeError(reason))
 
     def _take(self, message: wire.AnyMessage) -> None:
         if isinstance(message, wire.Output):

@@ -10,18 +10,17 @@ the node still validates every message: types by msgspec, sizes by :data:`MAX_FR
 
 from __future__ import annotations
 
-import asyncio
 import struct
 from typing import Literal
 
 import msgspec
 
-from vallum.core.errors import NodeError
 from vallum.core.limits import Limits
 
 PROTOCOL = 1
 MAX_FRAME_BYTES = 512 * 1024 * 1024
-_LENGTH = struct.Struct(">I")
+LENGTH = struct.Struct(">I")
+"""Before each frame: how many bytes its body has."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", forbid_unknown_fields=True):
@@ -328,7 +327,7 @@ _messages = msgspec.msgpack.Decoder(AnyMessage)
 def frame(message: object) -> bytes:
     """Bytes of one message."""
     body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
+    return LENGTH.pack(len(body)) + body
 
 
 def pack(result: object) -> bytes:
@@ -350,18 +349,3 @@ def decode_message(body: bytes) -> AnyMessage:
     """What the node sent in one frame."""
     message: AnyMessage = _messages.decode(body)
     return message
-
-
-async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
-    """The next frame's body, None at the end of the stream.
-
-    Raises:
-        NodeError: the frame is longer than allowed.
-    """
-    try:
-        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-        if length > MAX_FRAME_BYTES:
-            raise NodeError(f"a message of {length} bytes is over the limit of {MAX_FRAME_BYTES}")
-        return await reader.readexactly(length)
-    except (asyncio.IncompleteReadError, ConnectionResetError):
-        return None

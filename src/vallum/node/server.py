@@ -8,14 +8,11 @@ import itertools
 import logging
 import os
 import signal
-import socket
-import struct
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
-
 from vallum.client import wire
+from vallum.client.frames import FrameStream
 from vallum.core.errors import GuestFileError, InvalidInput, NodeError, StepTimeout, VallumError
 from vallum.node.commands import CommandRunner
 from vallum.node.house import House
@@ -33,31 +30,33 @@ class Client:
         self,
         number: int,
         house: House,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        stream: FrameStream,
         stop: Callable[[], None],
     ) -> None:
         self.number = number
         self._house = house
-        self._reader = reader
-        self._writer = writer
+        self._stream = stream
         self._stop = stop
         self._tasks: set[asyncio.Task[None]] = set()
         self._execs: dict[int, CommandRunner] = {}
 
     async def serve(self) -> None:
         """Answer requests until the connection ends, then end what the client had."""
+        self._stream.on_frame = self._receive
         try:
-            while (body := await wire.read_frame(self._reader)) is not None:
-                self._take(wire.decode_request(body))
-        except (NodeError, msgspec.MsgspecError) as error:
-            log.warning("client %d sent something unreadable: %s", self.number, error)
+            wrong = await self._stream.ended
+            if wrong:
+                log.warning("client %d sent something unreadable: %s", self.number, wrong)
         finally:
+            self._stream.on_frame = None
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._house.forget_client(self.number)
-            self._writer.close()
+            self._stream.close()
+
+    def _receive(self, body: bytes) -> None:
+        self._take(wire.decode_request(body))
 
     def _take(self, request: wire.AnyRequest) -> None:
         # These act on what runs already, in the order in which they came.
@@ -89,12 +88,15 @@ class Client:
 
     def _control(self, request: wire.Signal | wire.Cancel | wire.Resize) -> None:
         runner = self._execs.get(request.to)
-        if runner is None or runner.running is None:
+        if runner is None:
+            return
+        if isinstance(request, wire.Cancel):
+            runner.cancel()
             return
         running = runner.running
-        if isinstance(request, wire.Cancel):
-            running.cancel()
-        elif isinstance(request, wire.Resize):
+        if running is None:
+            return
+        if isinstance(request, wire.Resize):
             self._spawn(running.live.cell.resize(running.child, request.rows, request.columns))
         elif 1 <= request.signum < signal.NSIG:
             self._spawn(running.live.cell.signal(running.child, request.signum))
@@ -102,19 +104,14 @@ class Client:
     def _relay(self, seq: int) -> Callable[[str, bytes], Awaitable[None] | None]:
         def relay(stream: str, data: bytes) -> Awaitable[None] | None:
             self._send(wire.Output(seq=seq, stream="stdout" if stream == "stdout" else "stderr", data=data))
-            if self._writer.transport.get_write_buffer_size() > STREAM_HIGH_WATER_BYTES:
-                return self._drain()
+            if self._stream.unsent_bytes > STREAM_HIGH_WATER_BYTES:
+                return self._stream.drain()
             return None
 
         return relay
 
-    async def _drain(self) -> None:
-        with contextlib.suppress(ConnectionError):
-            await self._writer.drain()
-
     def _send(self, message: object) -> None:
-        if not self._writer.is_closing():
-            self._writer.write(wire.frame(message))
+        self._stream.write(wire.frame(message))
 
     async def _answer(self, request: wire.AnyRequest) -> None:
         seq = request.seq
@@ -197,29 +194,31 @@ class Server:
             os.unlink(path)  # noqa: PTH108
         previous = os.umask(0o177)
         try:
-            return await asyncio.start_unix_server(self._accept, path, backlog=256, limit=2**20)
+            return await asyncio.get_running_loop().create_unix_server(
+                lambda: FrameStream(self._accept), path, backlog=256
+            )
         finally:
             os.umask(previous)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        sock: socket.socket = writer.get_extra_info("socket")
-        _pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    def _accept(self, stream: FrameStream) -> None:
+        uid = stream.peer_uid()
         if uid != os.geteuid():
             log.warning("refused a client of uid %d", uid)
-            writer.close()
+            stream.close()
             return
-        client = Client(next(self._numbers), self._house, reader, writer, self.is_over.set)
-        task = asyncio.current_task()
-        assert task is not None
+        client = Client(next(self._numbers), self._house, stream, self.is_over.set)
+        task = asyncio.get_running_loop().create_task(client.serve())
         self._clients.add(task)
         self._house.clients += 1
-        try:
-            await client.serve()
-        finally:
-            self._clients.discard(task)
-            self._house.clients -= 1
-            if not self._clients:
-                self.is_over.set()
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._clients.discard(task)
+        self._house.clients -= 1
+        if not self._clients:
+            self.is_over.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a client could not be served to its end", exc_info=error)
 
     async def drop_all(self) -> None:
         """Disconnect every client and wait until its cells are gone."""
