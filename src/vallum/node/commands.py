@@ -103,6 +103,13 @@ class CommandRunner:
         self._relay = relay
         self.running: Running | None = None
         self._early: list[tuple[bytes, bool]] = []
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        """End the command and everything it started; also one that is still being started."""
+        self._is_cancelled = True
+        if self.running is not None:
+            self.running.cancel()
 
     def push(self, data: bytes, *, eof: bool) -> Feed | None:
         """Input of the client; kept until the command has started."""
@@ -160,7 +167,7 @@ class CommandRunner:
             if fd is not None
         ]
         feed = Feed(child.stdin, closes=not request.pty) if child.stdin is not None else None
-        self.running = Running(live=live, step=step, child=child, feed=feed)
+        self.running = Running(live=live, step=step, child=child, feed=feed, is_cancelled=self._is_cancelled)
         if feed is not None:
             if request.stdin is not None:
                 feed.write(request.stdin)
