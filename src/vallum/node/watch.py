@@ -68,7 +68,7 @@ class Watch:
         self._by_scope[live.book.run, live.episode] = live
         self._sockets.watch(cell.id, cell, root_pid=cell.pid, diag=cell.doors.diag, scope_of_step=live.scope)
         if self._connector is not None:
-            self._connector.watch(cell.pid, cell.id, scope)
+            self._connector.watch(cell.pid, cell.id, scope, is_new=True)
         if self._poll is not None:
             self._poll.watch(cell.pid, cell.id, scope, cell.pids)
         if cell.doors.packets is not None:

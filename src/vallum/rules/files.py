@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,7 @@ def parse_ruleset(text: str, source: str) -> Ruleset:
     return _File(text, source).parse(data)
 
 
+@functools.cache
 def read_builtin(containment: Containment) -> Ruleset:
     """The built-in rules of one containment."""
     text = (resources.files("vallum.rules") / "builtin" / f"{containment}.toml").read_text("utf-8")

@@ -32,6 +32,8 @@ SENSOR = "proc_connector"
 _BATCH = 256
 """Events taken per turn of the loop, so that a cell that forks in a loop does not starve the gateway."""
 _LINGER_S = 0.05
+_EXITS_LATER_S = 0.002
+"""How long an end may wait, so that whoever waits for the command's result is answered before its end is looked into."""
 _RECOVER_EVERY_S = 1.0
 _LINEAGE = 0.8
 """Confidence of a step that is a live parent's: the parent may have been moved between fork and reading."""
@@ -73,6 +75,8 @@ class ProcConnector:
         self._linger: asyncio.TimerHandle | None = None
         self._recovery: asyncio.TimerHandle | None = None
         self._recovered_at = float("-inf")
+        self._exits: list[Exit] = []
+        self._exits_due: asyncio.TimerHandle | None = None
         self.dropped = 0
         self.malformed = 0
 
@@ -90,27 +94,30 @@ class ProcConnector:
         """Stop listening and forget every cell."""
         for cell in list(self._cells):
             self.unwatch(cell)
-        for timer in filter(None, (self._linger, self._recovery)):
+        for timer in filter(None, (self._linger, self._recovery, self._exits_due)):
             timer.cancel()
-        self._linger = self._recovery = None
+        self._linger = self._recovery = self._exits_due = None
+        self._exits.clear()
         if self._socket is not None and self._loop is not None:
             self._loop.remove_reader(self._socket)
             close_connector(self._socket)
             self._socket = None
 
-    def watch(self, root_pid: int, cell: str, scope: Scope) -> None:
+    def watch(self, root_pid: int, cell: str, scope: Scope, *, is_new: bool = False) -> None:
         """Follow what descends from ``root_pid``, the host pid of the cell's PID 1, and say so in a SensorStatus.
 
         ``scope`` is the cell's (run and episode). PID 1 itself is ours and gives no events. Call it before the
-        first command; what runs already is found through the pid namespace.
+        first command; what runs already is found through the pid namespace, which costs a look at every process of
+        the machine and is left out when the caller knows that nothing can (``is_new``).
         """
         watched = _Watched(root_pid, scope, procfs.read_uid_map(root_pid))
         self._cells[cell] = watched
         self._adopt(root_pid, cell, scope, BY_NODE)
-        try:
-            self._find_members(cell, watched)
-        except RecordError as error:
-            self._let_go(cell, error)
+        if not is_new:
+            try:
+                self._find_members(cell, watched)
+            except RecordError as error:
+                self._let_go(cell, error)
         self._status(cell, "watching", "fork, exec and exit of every process")
 
     def unwatch(self, cell: str) -> None:
@@ -123,7 +130,8 @@ class ProcConnector:
         """Take what the kernel has told so far: called when a step closes, so that its processes are counted."""
         for _ in range(64):
             if self._socket is None or not self._read():
-                return
+                break
+        self._take_exits()
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -152,8 +160,27 @@ class ProcConnector:
                 self.malformed += 1
                 continue
             for event in events:
+                if isinstance(event, Exit):
+                    if event.pid in self._members:
+                        self._put_off(event)
+                    continue
+                if self._exits and isinstance(event, Fork):
+                    self._take_exits()  # in the order in which they happened: the number may be used again
                 self._take_safely(event)
         return True
+
+    def _put_off(self, event: Exit) -> None:
+        self._exits.append(event)
+        if self._exits_due is None and self._loop is not None:
+            self._exits_due = self._loop.call_later(_EXITS_LATER_S, self._take_exits)
+
+    def _take_exits(self) -> None:
+        if self._exits_due is not None:
+            self._exits_due.cancel()
+            self._exits_due = None
+        exits, self._exits = self._exits, []
+        for event in exits:
+            self._take_safely(event)
 
     def _take_safely(self, event: ProcEvent) -> None:
         member = self._members.get(event.parent if isinstance(event, Fork) else event.pid)
