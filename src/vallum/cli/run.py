@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import termios
@@ -139,6 +138,10 @@ async def _run(places: Places, command: list[str], options: dict[str, Any]) -> i
             code = result.exit_code
         except VallumError as error:
             code, failure = error.exit_code, error
+        except OSError as error:
+            code, failure = 1, VallumError(f"its output could not be written: {error.strerror}; the command was ended")
+            if isinstance(error, BrokenPipeError):
+                code, failure = 141, None
         with contextlib.suppress(VallumError):
             await sandbox.close(exit_code=code)
         events = await node.events(run=sandbox.run, episode=sandbox.episode)
@@ -166,7 +169,7 @@ def _environ(pairs: tuple[str, ...]) -> dict[str, str]:
 async def _attend(sandbox: Sandbox, command: list[str], options: dict[str, Any]) -> ExecResult:
     """Run the command with our terminal, pipes and signals behind it."""
     pty = sys.stdin.isatty() and sys.stdout.isatty() and not options["as_json"]
-    size = shutil.get_terminal_size()
+    rows, columns = _terminal_size() if pty else (24, 80)
     out = 2 if options["as_json"] else 1
 
     def write(stream: str, data: bytes) -> None:
@@ -177,8 +180,8 @@ async def _attend(sandbox: Sandbox, command: list[str], options: dict[str, Any])
         timeout_s=options["timeout_s"],
         interactive=True,
         pty=pty,
-        rows=size.lines,
-        columns=size.columns,
+        rows=rows,
+        columns=columns,
         on_output=write,
     )
     loop = asyncio.get_running_loop()
@@ -199,7 +202,8 @@ async def _attend(sandbox: Sandbox, command: list[str], options: dict[str, Any])
 
 
 def _terminal_size() -> tuple[int, int]:
-    size = shutil.get_terminal_size()
+    """Rows and columns of the terminal itself, whatever LINES and COLUMNS say."""
+    size = os.get_terminal_size(1)
     return size.lines, size.columns
 
 
@@ -210,29 +214,39 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 async def _feed(process: Process) -> None:
-    """Pass our stdin on until it ends. Never blocks the loop: waits for readiness where the descriptor can be polled."""
+    """Pass our stdin on until it ends. Never blocks the loop: reads only what is known to be there."""
+    can_poll = True
+    while True:
+        if can_poll:
+            can_poll = await _wait_readable(0)
+        try:
+            data = os.read(0, 65536)
+        except OSError:
+            data = b""
+        await process.feed(data, eof=not data)
+        if not data:
+            return
+
+
+async def _wait_readable(fd: int) -> bool:
+    """Return when a read will not block; False for what cannot be waited for and never blocks (a file, /dev/null)."""
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
+
+    def announce() -> None:
+        loop.remove_reader(fd)
+        ready.set()
+
     try:
-        loop.add_reader(0, ready.set)
-        can_poll = True
-    except (PermissionError, OSError):
-        can_poll = False  # a regular file or /dev/null: always ready
+        # Once only: a second announcement, made before the first was served, would be of data that is gone by then.
+        loop.add_reader(fd, announce)
+    except OSError:
+        return False
     try:
-        while True:
-            if can_poll:
-                await ready.wait()
-                ready.clear()
-            try:
-                data = os.read(0, 65536)
-            except OSError:
-                data = b""
-            await process.feed(data, eof=not data)
-            if not data:
-                return
+        await ready.wait()
+        return True
     finally:
-        if can_poll:
-            loop.remove_reader(0)
+        loop.remove_reader(fd)
 
 
 @contextlib.contextmanager

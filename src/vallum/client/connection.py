@@ -104,11 +104,20 @@ class Connection:
             if not future.done():
                 future.set_exception(NodeError(reason))
 
+    def _hand_on(self, message: wire.Output) -> None:
+        """Give output to whoever asked for it. What it raises ends its own request, not the connection."""
+        listener = self._listeners.get(message.seq)
+        future = self._waiting.get(message.seq)
+        if listener is None or future is None or future.done():
+            return
+        try:
+            listener(message.stream, message.data)
+        except Exception as error:  # noqa: BLE001 - the caller's own code: its error is the caller's answer
+            future.set_exception(error)
+
     def _take(self, message: wire.AnyMessage) -> None:
         if isinstance(message, wire.Output):
-            listener = self._listeners.get(message.seq)
-            if listener is not None:
-                listener(message.stream, message.data)
+            self._hand_on(message)
             return
         future = self._waiting.get(message.seq)
         if future is None or future.done():

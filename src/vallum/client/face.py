@@ -21,7 +21,7 @@ from typing import Any, Literal
 from vallum.client import wire
 from vallum.client.connection import Connection, view
 from vallum.client.places import Places
-from vallum.core.errors import InvalidInput, NodeError
+from vallum.core.errors import InvalidInput, NodeError, VallumError
 from vallum.core.limits import Limits
 from vallum.version import __version__
 
@@ -392,6 +392,12 @@ class Process:
         except asyncio.CancelledError:
             self._connection.post(wire.Cancel(seq=self._connection.next_seq(), to=self._seq))
             self._answer.cancel()
+            raise
+        except VallumError:
+            raise
+        except Exception:
+            # Raised by the caller's own on_output: nobody takes what the command writes, so it is ended.
+            self._connection.post(wire.Cancel(seq=self._connection.next_seq(), to=self._seq))
             raise
         return _result(ran)
 
