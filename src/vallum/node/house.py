@@ -88,6 +88,8 @@ class House:
     async def stop(self) -> None:
         """End every cell, then every part, then every run."""
         await asyncio.gather(*(self._end(live, "node_stopped") for live in list(self._cells.values())))
+        while self._background:
+            await asyncio.gather(*self._background)
         await self._door.stop()
         self._watch.stop()
         for backend in self._backends.values():
@@ -252,10 +254,8 @@ class House:
         live.is_closing = True
         with contextlib.suppress(VallumError):
             live.settle()
-        survivors = await live.cell.close()
+        survivors, _ = await asyncio.gather(live.cell.kill(), self._close_doors(live))
         self._watch.remove(live)
-        with contextlib.suppress(VallumError):
-            await self._door.remove(live)
         self._cells.pop(live.id, None)
         for session in live.shells:
             self._sessions.pop(session, None)
@@ -270,8 +270,20 @@ class House:
                     survivors=survivors,
                 )
             )
-        self._later(self._make_durable(live))
+        self._later(self._put_away(live))
         return survivors
+
+    async def _close_doors(self, live: LiveCell) -> None:
+        with contextlib.suppress(VallumError):
+            await self._door.remove(live)
+
+    async def _put_away(self, live: LiveCell) -> None:
+        """What need not keep a client waiting once everything in its cell is dead. Awaited when the node stops."""
+        try:
+            await live.cell.close()
+        except VallumError as error:
+            log.error("cell %s has ended, but not all of it could be removed: %s", live.id, error)
+        await self._make_durable(live)
 
     async def _make_durable(self, live: LiveCell) -> None:
         try:

@@ -277,6 +277,11 @@ class Cell(Protocol):
         """
         ...
 
+    async def kill(self) -> int:
+        """End everything in the cell. On return every process is dead and the doors are closed; mounts, cgroups and
+        layer go with :meth:`close`, which the owner still calls. Returns how many processes were alive."""
+        ...
+
     async def close(self) -> int:
         """End the cell: every process killed, mounts and cgroups gone, layer deleted. Returns how many were alive."""
         ...

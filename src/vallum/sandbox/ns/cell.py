@@ -101,6 +101,7 @@ class NsCell:
         self._sealing = asyncio.Lock()
         self._jobs: dict[int, _Job] = {}
         self._serial = 0
+        self._killing: asyncio.Task[int] | None = None
         self._closing: asyncio.Task[int] | None = None
         self._by_group = steps
         self._by_lineage = LineageSteps(pid, self._kill_init) if steps is None else None
@@ -329,6 +330,12 @@ class NsCell:
 
     # ------------------------------------------------------------------ the end
 
+    async def kill(self) -> int:
+        """See the contract."""
+        if self._killing is None:
+            self._killing = asyncio.get_running_loop().create_task(self._kill(), name=f"kill-{self.id}")
+        return await asyncio.shield(self._killing)
+
     async def close(self) -> int:
         """See the contract."""
         if self._closing is None:
@@ -336,6 +343,13 @@ class NsCell:
         return await asyncio.shield(self._closing)
 
     async def _close(self) -> int:
+        alive = await self.kill()
+        # In a thread: removing a cgroup waits for the kernel, a millisecond or more each.
+        await asyncio.to_thread(self._steps.remove)
+        await self._clean_up(self)
+        return alive
+
+    async def _kill(self) -> int:
         alive = 0 if self.gone.is_set() else len(self.pids())
         self._kill_init()
         if self._sealing.locked() and not self.gone.is_set():
@@ -349,8 +363,6 @@ class NsCell:
             ) from None
         finally:
             self.doors.close()
-        self._steps.remove()
-        await self._clean_up(self)
         return alive
 
     def _kill_init(self) -> None:
