@@ -59,7 +59,7 @@ class UidSource(Protocol):
 
 
 @dataclass
-class _Place:
+class Place:
     """What a cell has outside of its namespaces."""
 
     directory: Path
@@ -103,7 +103,7 @@ class NsBackend:
         self._waiting: dict[int, asyncio.Future[tuple[wire.Message, list[int]]]] = {}
         self._serial = 0
         self._cells: dict[str, NsCell] = {}
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._tiers: dict[str, str] = {}
         self._landlock = 0
@@ -224,7 +224,7 @@ class NsBackend:
 
     async def _create(self, spec: CellSpec) -> NsCell:
         async with self._slots:
-            place = _Place(self._cells_dir / spec.id, wire.Ids(inner=ROOTLESS_USER, outer=(os.geteuid(), os.getegid())))
+            place = Place(self._cells_dir / spec.id, wire.Ids(inner=ROOTLESS_USER, outer=(os.geteuid(), os.getegid())))
             self._places[spec.id] = place
             try:
                 layers = self._prepare(spec, place)
@@ -233,7 +233,7 @@ class NsBackend:
                 await asyncio.shield(self._unmake(spec.id))
                 raise
 
-    def _prepare(self, spec: CellSpec, place: _Place) -> list[wire.PlacedLayer]:
+    def _prepare(self, spec: CellSpec, place: Place) -> list[wire.PlacedLayer]:
         """Directories, ids and cgroups of a cell to be."""
         try:
             if self._uids is not None:
@@ -255,7 +255,7 @@ class NsBackend:
                 place.group.delegate(place.base + wire.WARDEN_UID)
         return layers
 
-    async def _build(self, spec: CellSpec, place: _Place, layers: list[wire.PlacedLayer]) -> NsCell:
+    async def _build(self, spec: CellSpec, place: Place, layers: list[wire.PlacedLayer]) -> NsCell:
         group = place.group
         request = wire.encode_create(
             ids=place.ids, port=self._port, hostname=spec.hostname, layers=layers, root_owns=spec.root == "owner",

@@ -17,7 +17,7 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +30,7 @@ from vallum.sandbox.ns import wire
 from vallum.sandbox.ns.channel import Channel, close_all, make_payload
 from vallum.sandbox.ns.explain import explain_file, explain_spawn
 from vallum.sandbox.ns.lineage import Keeper
-from vallum.sandbox.ns.steps import GroupSteps, LineageSteps
+from vallum.sandbox.ns.steps import GroupSteps, LineageSteps, Steps
 
 _T = TypeVar("_T")
 
@@ -101,11 +101,10 @@ class NsCell:
         self._sealing = asyncio.Lock()
         self._jobs: dict[int, _Job] = {}
         self._serial = 0
-        self._killing: asyncio.Task[int] | None = None
         self._closing: asyncio.Task[int] | None = None
         self._by_group = steps
         self._by_lineage = LineageSteps(pid, self._kill_init) if steps is None else None
-        self._steps = steps or self._by_lineage or LineageSteps(pid, self._kill_init)
+        self._steps: Steps = steps or self._by_lineage or LineageSteps(pid, self._kill_init)
         self._keepers: dict[int, asyncio.Future[Channel]] = {}
         self._keepers_due: dict[int, int] = {}
         self._channels: list[Channel] = []
@@ -255,7 +254,7 @@ class NsCell:
         await self._own(job, job.told)
         fds = job.take_fds()
         try:
-            data = await _drain(fds[0]) if fds else b""
+            data = await drain_pipe(fds[0]) if fds else b""
         finally:
             close_all(fds)
         await self._until_done(job, verb="read", path=full, user=who)
@@ -330,12 +329,6 @@ class NsCell:
 
     # ------------------------------------------------------------------ the end
 
-    async def kill(self) -> int:
-        """See the contract."""
-        if self._killing is None:
-            self._killing = asyncio.get_running_loop().create_task(self._kill(), name=f"kill-{self.id}")
-        return await asyncio.shield(self._killing)
-
     async def close(self) -> int:
         """See the contract."""
         if self._closing is None:
@@ -343,13 +336,6 @@ class NsCell:
         return await asyncio.shield(self._closing)
 
     async def _close(self) -> int:
-        alive = await self.kill()
-        # In a thread: removing a cgroup waits for the kernel, a millisecond or more each.
-        await asyncio.to_thread(self._steps.remove)
-        await self._clean_up(self)
-        return alive
-
-    async def _kill(self) -> int:
         alive = 0 if self.gone.is_set() else len(self.pids())
         self._kill_init()
         if self._sealing.locked() and not self.gone.is_set():
@@ -363,6 +349,8 @@ class NsCell:
             ) from None
         finally:
             self.doors.close()
+        self._steps.remove()
+        await self._clean_up(self)
         return alive
 
     def _kill_init(self) -> None:
@@ -430,6 +418,7 @@ class NsCell:
         a: int = 0,
         b: int = 0,
         leaf: int | None = None,
+        more: Sequence[int] = (),
     ) -> _Job:
         self._serial = self._serial % 0xFFFFFFF0 + 1
         loop = asyncio.get_running_loop()
@@ -439,7 +428,7 @@ class NsCell:
         fd = make_payload(payload)
         self._jobs[job.id] = job
         try:
-            self._send(job.channel, wire.Message(op, job.id, a, b), [fd] if leaf is None else [fd, leaf])
+            self._send(job.channel, wire.Message(op, job.id, a, b), [fd, *([] if leaf is None else [leaf]), *more])
         except BaseException:
             self._jobs.pop(job.id, None)
             raise
@@ -532,7 +521,7 @@ def _refuse(future: asyncio.Future[_T], error: Exception) -> None:
         future.exception()  # told to whoever asks; nobody need ask
 
 
-async def _drain(fd: int) -> bytes:
+async def drain_pipe(fd: int) -> bytes:
     """Everything until the end of a non-blocking pipe."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()

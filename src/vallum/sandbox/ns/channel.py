@@ -102,6 +102,11 @@ class Channel:
                 return
             self._receive(message, fds, pid)
 
+    def read_now(self) -> None:
+        """Take what has arrived, without waiting for the loop."""
+        if self.is_open:
+            self._read()
+
     def _break(self) -> None:
         if self.is_open:
             self.close()
