@@ -13,6 +13,7 @@ import logging
 import secrets
 import socket
 import struct
+from ipaddress import ip_address
 from typing import Literal
 
 import msgspec
@@ -35,6 +36,9 @@ EVIDENCE_GRACE_S = 0.005
 SERVER_FIRST_GRACE_S = 0.2
 """Silence of the guest after which the server may speak first, where a grant admits it."""
 SNIFF_TIMEOUT_S = 10.0
+FREE_PIECES = 8
+DRIP_S = 0.005
+"""How much longer each further piece of a beginning is waited for before it is read."""
 CONNECT_TIMEOUT_S = 10.0
 MAX_EVIDENCE_BYTES = 128
 _MAX_DNS_MESSAGES = 256
@@ -65,6 +69,15 @@ async def serve_connection(cell: GatewayCell, conn: socket.socket, peer: Endpoin
             await flow.record("denied", fail_closed("the gateway"))
     finally:
         flow.end()
+
+
+def is_address(text: str) -> bool:
+    """Whether a server name is an address written out, as in ``Host: 10.0.0.7`` or ``Host: [fd00::1]``."""
+    try:
+        ip_address(text.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 class GatewayFlow:
@@ -165,11 +178,16 @@ class GatewayFlow:
                     return self.seen, True
             else:
                 data = await asyncio.wait_for(loop.sock_recv(self.conn, MAX_BYTES), SNIFF_TIMEOUT_S)
+            pieces = 0
             while data:
                 found = sniffer.feed(data)
                 self.head = bytes(sniffer.data)
                 if found is not None:
                     return found, False
+                pieces += 1
+                # A beginning comes in one piece or few. Who drips it byte by byte into hundreds of flows waits, and others
+                # do not wait for a gateway that is busy with bytes.
+                await asyncio.sleep(max(0, pieces - FREE_PIECES) * DRIP_S)
                 data = await asyncio.wait_for(loop.sock_recv(self.conn, MAX_BYTES), max(0.0, deadline - loop.time()))
         except (TimeoutError, ConnectionError):
             pass  # judged as it stands: unfinished
@@ -336,6 +354,8 @@ class GatewayFlow:
             owner = self.cell.owner
         names = self.pinned.names
         host = self.seen.server_name or next(iter(names), None)
+        if host is not None and is_address(host):
+            host = next(iter(names), None)  # `Host: 10.0.0.7` asks for no name
         protocol: Protocol = self.seen.protocol
         event = Flow(
             t_ns=wall_ns(),

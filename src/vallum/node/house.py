@@ -17,7 +17,15 @@ from hashlib import sha256
 from vallum.client import wire
 from vallum.client.places import Places
 from vallum.core import clock
-from vallum.core.errors import CellGone, Contained, ControlMissing, GuestFileError, InvalidInput, RecordError, VallumError
+from vallum.core.errors import (
+    CellGone,
+    Contained,
+    ControlMissing,
+    GuestFileError,
+    InvalidInput,
+    RecordError,
+    VallumError,
+)
 from vallum.core.events import ContainmentAction, EpisodeEnded, EpisodeStarted, FileWrite, RunStarted
 from vallum.core.limits import Limits
 from vallum.core.scope import BY_NODE, Scope, check_id, make_run_id
@@ -27,10 +35,12 @@ from vallum.node.door import Door
 from vallum.node.live import LiveCell
 from vallum.node.pages import read_page
 from vallum.node.recorder import Recorder, RunBook
+from vallum.node.snapshots import Ground, Snapshots, describe, settle_terms
 from vallum.node.watch import Watch
 from vallum.rules.files import compose, parse_ruleset
 from vallum.sandbox.base import Backend, CellSpec, Image
 from vallum.sandbox.images.resolve import resolve_in_thread, with_mounts
+from vallum.sandbox.snapshots.store import Manifest
 from vallum.version import __version__
 
 log = logging.getLogger(__name__)
@@ -66,7 +76,8 @@ class House:
         self._images: dict[str, Image] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._watch = Watch(self._recorder, self._find_any, self.contain)
-        self._door = Door(self._watch.attribute, self._recorder.emit)
+        self._door = Door(self._watch.questions.ask, self._recorder.emit)
+        self._snapshots = Snapshots(places.snapshots, backends)
         self.tiers: dict[str, str] = {}
         self.clients = 0
         self.is_broken = asyncio.Event()
@@ -82,6 +93,7 @@ class House:
         for backend in self._backends.values():
             await backend.start()
             self.tiers.update(backend.probe())
+        await self._snapshots.start()
         self.tiers.update(self._watch.start())
         self.tiers.update(await self._door.start(self._lose_gateway))
 
@@ -92,6 +104,7 @@ class House:
             await asyncio.gather(*self._background)
         await self._door.stop()
         self._watch.stop()
+        self._snapshots.stop()
         for backend in self._backends.values():
             await backend.stop()
         self._recorder.close_all("node_stopped")
@@ -100,6 +113,16 @@ class House:
 
     async def create(self, request: wire.CreateSandbox, client: int) -> wire.SandboxMade:
         """Build a cell for a client; see :meth:`vallum.Node.sandbox`."""
+        return await self._create(request, client, None)
+
+    async def fork(self, request: wire.ForkSandbox, client: int) -> wire.SandboxMade:
+        """Build a cell on a snapshot; see :meth:`vallum.Node.fork`."""
+        origin = self._snapshots.store.get(request.snapshot)
+        book = self._recorder.get(origin.run)
+        is_here = book is not None and client in book.holders
+        return await self._create(settle_terms(request, origin, origin.run if is_here else None), client, origin)
+
+    async def _create(self, request: wire.CreateSandbox, client: int, origin: Manifest | None) -> wire.SandboxMade:
         if request.run is not None:
             check_id(request.run, "the run id")
         if request.episode is not None:
@@ -111,14 +134,16 @@ class House:
             )
         own = parse_ruleset(request.rules, request.rules_name) if request.rules is not None else None
         ruleset = compose(request.containment, own=own, allow=request.allow)
-        image = await self._image(request)
+        image = await self._image(request, origin)
         limits = self._limits(request.limits)
         book = self._book(request, client, ruleset.containment)
         cell_id = f"c{secrets.token_hex(5)}"
         episode = book.take_episode(request.episode)
+        self._snapshots.stand(cell_id, Ground.of(request, image, origin))
         try:
             cell = await backend.create(CellSpec(id=cell_id, image=image, limits=limits, root=request.root))
         except BaseException:
+            self._snapshots.leave(cell_id)
             book.episodes.discard(episode)
             raise
         live = LiveCell(cell, book, episode, client, limits, self._watch)
@@ -138,6 +163,7 @@ class House:
                     containment=ruleset.containment,
                     rules=ruleset.describe(),
                     limits={name: getattr(limits, name) for name in limits.__struct_fields__},
+                    parent=origin.id if origin is not None else None,
                 )
             )
             self._watch.add(live)
@@ -147,10 +173,13 @@ class House:
             raise
         return wire.SandboxMade(sandbox=cell_id, run=book.run, episode=episode, pid=cell.pid, rootless=cell.rootless)
 
-    async def _image(self, request: wire.CreateSandbox) -> Image:
-        image = with_mounts(
-            await self._resolve(request.image), request.mounts, refuse=[self._places.state, self._places.runtime]
-        )
+    async def _image(self, request: wire.CreateSandbox, origin: Manifest | None) -> Image:
+        if origin is not None:
+            image = self._snapshots.make_image(origin, rootless=not self._has_users)
+        else:
+            image = with_mounts(
+                await self._resolve(request.image), request.mounts, refuse=[self._places.state, self._places.runtime]
+            )
         environ = {**image.environ, **request.environ}
         return Image(
             ref=image.ref,
@@ -168,11 +197,15 @@ class House:
             image = await resolve_in_thread(
                 ref,
                 images_dir=self._places.images,
-                rootless=not self.tiers.get("cell.users", "").startswith("enforced"),
+                rootless=not self._has_users,
             )
             if ref == "host":
                 self._images[ref] = image
         return image
+
+    @property
+    def _has_users(self) -> bool:
+        return self.tiers.get("cell.users", "").startswith("enforced")
 
     def _limits(self, wanted: Limits) -> Limits:
         limits = wanted.check()
@@ -255,6 +288,7 @@ class House:
         with contextlib.suppress(VallumError):
             live.settle()
         survivors, _ = await asyncio.gather(live.cell.kill(), self._close_doors(live))
+        self._snapshots.leave(live.id)
         self._watch.remove(live)
         self._cells.pop(live.id, None)
         for session in live.shells:
@@ -390,6 +424,24 @@ class House:
                 source="sdk",
             )
         )
+
+    # ------------------------------------------------------------------ snapshots
+
+    async def take_snapshot(self, request: wire.Snapshot, client: int) -> wire.SnapshotInfo:
+        """Seal a cell's files; see :meth:`vallum.Sandbox.snapshot`."""
+        return describe(await self._snapshots.take(self.get(request.sandbox, client), request.processes))
+
+    async def list_snapshots(self, request: wire.Snapshots, client: int) -> list[wire.SnapshotInfo]:
+        """Those of this home."""
+        return [describe(manifest) for manifest in self._snapshots.store.all()]
+
+    async def delete_snapshot(self, request: wire.DeleteSnapshot, client: int) -> None:
+        """Delete one that nothing needs."""
+        await self._snapshots.delete(request.snapshot)
+
+    async def diff_files(self, request: wire.Diff, client: int) -> wire.FilesChanged:
+        """What changed in a cell's files; see :meth:`vallum.Sandbox.diff`."""
+        return await self._snapshots.compare(self.get(request.sandbox, client), request.since)
 
     # ------------------------------------------------------------------ reading
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -76,7 +75,8 @@ class LiveCell:
         self.episode = episode
         self.client = client
         self.limits = limits
-        self._exits: deque[tuple[int, int | None]] = deque(maxlen=256)
+        self._exits: dict[int, int] = {}
+        """Step -> when the last of its processes ended; a few processes more cannot make it forgotten."""
         self.shells: dict[str, Shell] = {}
         self.steps: dict[int, Step] = {}
         self._due: list[Step] = []
@@ -183,16 +183,17 @@ class LiveCell:
 
     def note_exit(self, step: int | None) -> None:
         """A process of ``step`` has ended just now."""
-        self._exits.append((clock.mono_ns(), step))
+        if step is not None:
+            self._exits[step] = clock.mono_ns()
 
-    def only_active_step(self) -> int | None:
-        """The step that is open, has a living process or had one a moment ago, when there is exactly one.
+    def only_active_step(self, asked_ns: int) -> int | None:
+        """The step that is open, has a living process or had one a moment before ``asked_ns``, when there is exactly one.
 
         Those that have just ended count, so that a daemon cannot send, end, and have the step pay that is open then.
         """
-        since = clock.mono_ns() - RECENT_NS
+        since = asked_ns - RECENT_NS
         active = {step.index for step in self.steps.values() if step.is_open}
-        active.update(step for at, step in self._exits if at >= since and step is not None)
+        active.update(step for step, at in self._exits.items() if at >= since)
         shells = {shell.child.pid for shell in self.shells.values()}
         steps = (self.cell.step_of_pid(pid)[0] for pid in self.cell.pids() if pid not in shells)
         active.update(step for step in steps if step is not None)

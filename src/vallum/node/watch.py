@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from vallum.core.clock import mono_ns
 from vallum.core.errors import ControlMissing, RecordError
 from vallum.core.events import AnyEvent, Process, ProcessExited
 from vallum.core.scope import Attribution, Scope
 from vallum.node.live import LiveCell
+from vallum.node.questions import Questions
 from vallum.node.recorder import Recorder
 from vallum.sandbox.base import Usage
-from vallum.sensors.attribution import SocketAttributor
+from vallum.sandbox.traced import TracedCell
+from vallum.sensors.attribution import Answer, SocketAttributor
+from vallum.sensors.gvisor_trace import GvisorTrace
 from vallum.sensors.nflog import NflogReader
 from vallum.sensors.proc_connector import ProcConnector
 from vallum.sensors.proc_poll import ProcPoll
 from vallum.sensors.resources import ResourceSampler
+from vallum.sensors.socket_owner import Asked
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +41,9 @@ class Watch:
         self._connector: ProcConnector | None = None
         self._poll: ProcPoll | None = None
         self._sockets = SocketAttributor()
+        self.questions = Questions(self._answer, self._sockets.rest_s)
+        """What the gateway asks."""
+        self._traced = GvisorTrace(self)
         self._resources = ResourceSampler(self)
         self._packets: dict[str, NflogReader] = {}
         self._by_scope: dict[tuple[str, str | None], LiveCell] = {}
@@ -66,18 +74,34 @@ class Watch:
         """Watch a cell from before its first command."""
         cell, scope = live.cell, live.scope()
         self._by_scope[live.book.run, live.episode] = live
-        self._sockets.watch(cell.id, cell, root_pid=cell.pid, diag=cell.doors.diag, scope_of_step=live.scope)
-        if self._connector is not None:
-            self._connector.watch(cell.pid, cell.id, scope, is_new=True)
-        if self._poll is not None:
-            self._poll.watch(cell.pid, cell.id, scope, cell.pids)
+        if isinstance(cell, TracedCell):
+            traced: TracedCell = cell
+            cell.listen(self._traced.watch(cell.id, scope, lambda: traced.dropped))
+        else:
+            self._watch_host(live, scope)
         if cell.doors.packets is not None:
             reader = self._packets[cell.id] = NflogReader(self, cell.id, cell.doors.packets, scope, self)
             reader.start()
         self._resources.watch(cell.id, cell.usage, live.scope)
 
+    def _watch_host(self, live: LiveCell, scope: Scope) -> None:
+        """A cell whose processes are the host kernel's: that one tells of them."""
+        cell = live.cell
+        self._sockets.watch(cell.id, cell, root_pid=cell.pid, diag=cell.doors.diag, scope_of_step=live.scope)
+        if self._connector is not None:
+            self._connector.watch(cell.pid, cell.id, scope, is_new=True)
+        if self._poll is not None:
+            self._poll.watch(cell.pid, cell.id, scope, cell.pids)
+
+    def _drain(self, live: LiveCell) -> None:
+        """Take what a cell's own kernel has told so far."""
+        if isinstance(live.cell, TracedCell):
+            live.cell.drain()
+
     def remove(self, live: LiveCell) -> None:
         """Forget a cell, after taking what was still on its way."""
+        self._drain(live)
+        self._traced.unwatch(live.id)
         if self._connector is not None:
             self._connector.drain()
             self._connector.unwatch(live.id)
@@ -98,6 +122,7 @@ class Watch:
 
     def step_closing(self, live: LiveCell, step: int) -> Usage:
         """A step is about to be closed: what it did is told before. What it has used."""
+        self._drain(live)
         if self._connector is not None:
             self._connector.drain()
         if self._poll is not None:
@@ -116,16 +141,28 @@ class Watch:
     def attribute(
         self, cell: str, *, protocol: str, src: tuple[str, int], dst: tuple[str, int]
     ) -> tuple[Scope, Attribution, Process | None, int | None]:
-        """``vallum.core.ports.Attributor``."""
-        if self._poll is not None:
-            self._poll.sweep(cell)
-        scope, attribution, process, socket_step = self._sockets.attribute(cell, protocol=protocol, src=src, dst=dst)
-        if scope.step is None and self._connector is not None and (live := self._find(cell)) is not None:
-            self._connector.drain()
-            only = live.only_active_step()
-            if only is not None:
-                scope, attribution = live.scope(only), Attribution(method="netns", confidence=ONLY_STEP_CONFIDENCE)
-        return scope, attribution, process, socket_step
+        """``vallum.core.ports.Attributor``, at once: for the packet log. Where the cell has used up its share of the node's
+        time, the processes are not looked through and the answer is less certain."""
+        return self._answer(cell, [Asked(protocol, src, dst)], mono_ns())[0]
+
+    def _answer(self, cell: str, asked: list[Asked], since_ns: int) -> list[Answer]:
+        traced = self._find(cell) if self._traced.has(cell) else None
+        if traced is not None:
+            self._drain(traced)
+            answers = [self._traced.attribute(cell, protocol=one.protocol, dst=one.dst) for one in asked]
+        else:
+            if self._poll is not None:
+                self._poll.sweep(cell)
+            answers = self._sockets.attribute_many(cell, asked)
+        if self._connector is None or all(scope.step is not None for scope, *_ in answers):
+            return answers
+        live = self._find(cell)
+        self._connector.drain()
+        only = live.only_active_step(since_ns) if live is not None else None
+        if live is None or only is None:
+            return answers
+        guess = live.scope(only), Attribution(method="netns", confidence=ONLY_STEP_CONFIDENCE)
+        return [answer if answer[0].step is not None else (*guess, *answer[2:]) for answer in answers]
 
     # ------------------------------------------------------------------ hooks of the sensors
 

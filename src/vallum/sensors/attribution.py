@@ -28,14 +28,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from vallum.core.clock import mono_ns
 from vallum.core.events import Process
 from vallum.core.scope import Attribution, Method, Scope
 from vallum.sensors import procfs
 from vallum.sensors.base import CellView
 from vallum.sensors.netlink import MalformedNetlinkError
-from vallum.sensors.socket_owner import DiagError, SocketOwner, find_owner
+from vallum.sensors.socket_owner import Asked, DiagError, DiagSocket, SocketOwner, describe_owners, find_sockets
 
 _SEVERAL, _GUESS, _GONE, _CELL_ONLY = 0.5, 0.3, 0.8, 0.5
+_REST = 5
+"""A search costs the cell this many times its length, until the end of which the next one rests."""
+_SAVED_NS = 250_000_000
+"""What a cell may use at once after a rest, in the same unit."""
+_MAX_HOLDERS = 64
+"""Holders of one socket that are looked at; where there are more, the answer is not certain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +101,26 @@ def charge(socket_step: int | None, holders: Sequence[Holder], *, is_certain: bo
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Watched:
     view: CellView
     diag: socket.socket | None
     scope_of_step: Callable[[int | None], Scope]
     uid_map: list[tuple[int, int, int]]
+    rested_ns: int = 0
+    """When holders may be looked for again: see :data:`_REST`."""
+
+
+Answer = tuple[Scope, Attribution, Process | None, int | None]
+"""(scope, method, process, step stamped on the socket where it is another)."""
 
 
 class SocketAttributor:
-    """Says who opened a socket of a cell; ``vallum.core.ports.Attributor``. On the event loop, about 1 ms for 20 processes."""
+    """Says who opened a socket of a cell; ``vallum.core.ports.Attributor``. On the event loop, about 1 ms for 20 processes.
+
+    Looking for holders costs what the guest wants it to cost (it may have a million descriptors), so each cell gets at
+    most a fifth of the node's time for it. Beyond that the socket's own stamp answers, with a confidence that says so.
+    """
 
     def __init__(self) -> None:
         self._cells: dict[str, _Watched] = {}
@@ -126,47 +143,87 @@ class SocketAttributor:
         """Forget the cell."""
         self._cells.pop(cell, None)
 
-    def attribute(
-        self, cell: str, *, protocol: str, src: tuple[str, int], dst: tuple[str, int]
-    ) -> tuple[Scope, Attribution, Process | None, int | None]:
-        """(scope, method, process, step stamped on the socket where it is another).
+    def rest_s(self, cell: str) -> float:
+        """Seconds until holders will be looked for again; 0 when at once, or when the cell is not watched."""
+        watched = self._cells.get(cell)
+        return 0.0 if watched is None else max(0, watched.rested_ns - mono_ns()) / 1e9
 
-        ``src`` is the guest's side as the gateway sees it, ``dst`` where the guest wanted to go. When the kernel does not
-        say, the answer is the cell alone (``netns``), never a guess.
+    def attribute(self, cell: str, *, protocol: str, src: tuple[str, int], dst: tuple[str, int]) -> Answer:
+        """Who sent from ``src``, the guest's side as the gateway sees it, to ``dst``, where the guest wanted to go.
+
+        When the kernel does not say, the answer is the cell alone (``netns``), never a guess.
+
+        Raises:
+            KeyError: the cell is not watched.
+        """
+        return self.attribute_many(cell, [Asked(protocol, src, dst)])[0]
+
+    def attribute_many(self, cell: str, asked: Sequence[Asked]) -> list[Answer]:
+        """As :meth:`attribute`, for several at once: the cell's processes are looked through once for all of them.
 
         Raises:
             KeyError: the cell is not watched.
         """
         watched = self._cells[cell]
-        owner = self._ask(watched, protocol, src, dst)
+        began_ns = mono_ns()
+        owners = self._find(watched, asked, is_rested=began_ns >= watched.rested_ns)
+        look = _Look(watched)
+        answers = [look.answer(owner) for owner in owners]
+        # What was saved up by doing nothing counts for a moment only.
+        watched.rested_ns = max(watched.rested_ns, began_ns - _SAVED_NS) + _REST * (mono_ns() - began_ns)
+        return answers
+
+    def _find(self, watched: _Watched, asked: Sequence[Asked], *, is_rested: bool) -> list[SocketOwner | None]:
+        found = [self._find_sockets(watched.diag, each) for each in asked]
+        if not is_rested:
+            return describe_owners(found, None)
+        owners = describe_owners(found, watched.view.pids())
+        if any(owner is not None and owner.inode and not owner.holders for owner in owners):
+            # Forked or handed on between listing and looking: look once more.
+            owners = describe_owners([self._find_sockets(watched.diag, each) for each in asked], watched.view.pids())
+        return owners
+
+    def _find_sockets(self, diag: socket.socket | None, asked: Asked) -> list[DiagSocket]:
+        if diag is None:
+            return []
+        try:
+            return find_sockets(diag, asked.protocol, asked.src, asked.dst)
+        except (DiagError, MalformedNetlinkError, ValueError, OSError):
+            self.failures += 1
+            return []
+
+
+class _Look:
+    """What is read of a cell's processes while one lot of questions is answered: of each process once."""
+
+    def __init__(self, watched: _Watched) -> None:
+        self._watched = watched
+        self._seen: dict[int, procfs.Seen | None] = {}
+        self._holders: dict[int, Holder] = {}
+
+    def answer(self, owner: SocketOwner | None) -> Answer:
+        watched = self._watched
         if owner is None:
-            outcome = charge(None, ())
-            return watched.scope_of_step(None), outcome.attribution, None, None
-        seen = [(pid, procfs.read_process(pid, watched.uid_map)) for pid in owner.holders]
+            return watched.scope_of_step(None), charge(None, ()).attribution, None, None
+        pids = owner.holders[:_MAX_HOLDERS]
+        seen = [(pid, self._see(pid)) for pid in pids]
         seen.sort(key=lambda pair: (pair[1].stat.start_ticks if pair[1] else 0, pair[0]))
         stamped = watched.view.step_of_cgroup(owner.cgroup_id) if owner.cgroup_id is not None else None
         outcome = charge(
             stamped,
-            [_holder(watched.view, pid) for pid, _ in seen],
-            is_certain=owner.complete and not owner.ambiguous,
+            [self._hold(pid) for pid, _ in seen],
+            is_certain=owner.complete and not owner.ambiguous and len(pids) == len(owner.holders),
         )
         process = next((found.process for pid, found in seen if pid == outcome.pid and found), None)
         return watched.scope_of_step(outcome.step), outcome.attribution, process, outcome.socket_step
 
-    def _ask(self, watched: _Watched, protocol: str, src: tuple[str, int], dst: tuple[str, int]) -> SocketOwner | None:
-        if watched.diag is None:
-            return None
-        try:
-            owner = find_owner(watched.diag, protocol, src, dst, watched.view.pids())
-            if owner is not None and not owner.holders and owner.inode:
-                # Forked or handed on between listing and looking: look once more.
-                owner = find_owner(watched.diag, protocol, src, dst, watched.view.pids())
-        except (DiagError, MalformedNetlinkError, ValueError, OSError):
-            self.failures += 1
-            return None
-        return owner
+    def _see(self, pid: int) -> procfs.Seen | None:
+        if pid not in self._seen:
+            self._seen[pid] = procfs.read_process(pid, self._watched.uid_map)
+        return self._seen[pid]
 
-
-def _holder(view: CellView, pid: int) -> Holder:
-    step, method, confidence = view.step_of_pid(pid)
-    return Holder(pid, step, cast(Method, method), confidence)
+    def _hold(self, pid: int) -> Holder:
+        if pid not in self._holders:
+            step, method, confidence = self._watched.view.step_of_pid(pid)
+            self._holders[pid] = Holder(pid, step, cast(Method, method), confidence)
+        return self._holders[pid]

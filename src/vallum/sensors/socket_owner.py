@@ -18,7 +18,7 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vallum.core.clock import mono_ns
@@ -223,62 +223,79 @@ def find_sockets(diag: socket.socket, protocol: str, src: tuple[str, int], dst: 
     return [found for _, found in fitting]
 
 
-def find_holders(inodes: Iterable[int], pids: Iterable[int]) -> tuple[list[int], bool]:
-    """(host pids of ``pids`` with a descriptor of one of the sockets, whether all could be looked at in time)."""
-    wanted = {f"socket:[{inode}]" for inode in inodes if inode}
-    holders: list[int] = []
+def find_holders(inodes: Iterable[int], pids: Iterable[int]) -> tuple[dict[int, list[int]], bool]:
+    """(socket -> host pids of ``pids`` with a descriptor of it, whether all could be looked at in time).
+
+    Each table is read once however many sockets are looked for.
+    """
+    wanted = {f"socket:[{inode}]": inode for inode in inodes if inode}
+    holders: dict[int, list[int]] = {inode: [] for inode in wanted.values()}
     if not wanted:
         return holders, True
     deadline = mono_ns() + _BUDGET_NS
     for pid in pids:
-        verdict = _holds(pid, wanted, deadline)
-        if verdict is None:
+        held, is_complete = _held_by(pid, wanted, deadline)
+        for inode in held:
+            holders[inode].append(pid)
+        if not is_complete:
             return holders, False
-        if verdict:
-            holders.append(pid)
     return holders, True
 
 
-def _holds(pid: int, wanted: set[str], deadline: int) -> bool | None:
-    """Whether a process holds one of the sockets in any of its tables; None when the time is up."""
-    verdict = _table_has(f"/proc/{pid}/fd", wanted, deadline)
-    if verdict is not False:
-        return verdict
+def _held_by(pid: int, wanted: dict[str, int], deadline: int) -> tuple[set[int], bool]:
+    """Which of the sockets a process holds in any of its tables, and whether the time sufficed to look at all."""
+    held, is_complete = _held_in(f"/proc/{pid}/fd", wanted, deadline)
+    if not is_complete:
+        return held, False
     try:
         if os.stat(f"/proc/{pid}/task").st_nlink <= _ONE_THREAD:
-            return False
+            return held, True
         tasks = os.listdir(f"/proc/{pid}/task")
     except OSError:
-        return False
+        return held, True
     for task in tasks:
         if task == str(pid) or shares_files(pid, int(task)):
             continue
-        verdict = _table_has(f"/proc/{pid}/task/{task}/fd", wanted, deadline)
-        if verdict is not False:
-            return verdict
-    return False
+        more, is_complete = _held_in(f"/proc/{pid}/task/{task}/fd", wanted, deadline)
+        held |= more
+        if not is_complete:
+            return held, False
+    return held, True
 
 
-def _table_has(path: str, wanted: set[str], deadline: int) -> bool | None:
+def _held_in(path: str, wanted: dict[str, int], deadline: int) -> tuple[set[int], bool]:
+    held: set[int] = set()
     try:
         table = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        return False
+        return held, True
     try:
         with os.scandir(table) as entries:
             for count, entry in enumerate(entries, 1):
                 try:
-                    if os.readlink(entry.name, dir_fd=table) in wanted:
-                        return True
+                    inode = wanted.get(os.readlink(entry.name, dir_fd=table))
                 except OSError:
                     continue
+                if inode is not None:
+                    held.add(inode)
+                    if len(held) == len(wanted):
+                        return held, True
                 if count % 64 == 0 and mono_ns() > deadline:
-                    return None
+                    return held, False
     except OSError:
-        return False  # it ended while we looked
+        return held, True  # it ended while we looked
     finally:
         os.close(table)
-    return None if mono_ns() > deadline else False
+    return held, mono_ns() <= deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A connection or datagram whose sender is looked for; ``dst`` is where the guest wanted to go."""
+
+    protocol: str
+    src: tuple[str, int]
+    dst: tuple[str, int]
 
 
 def find_owner(
@@ -289,17 +306,31 @@ def find_owner(
     Raises:
         DiagError, MalformedNetlinkError, ValueError: as :func:`find_sockets`.
     """
-    found = find_sockets(diag, protocol, src, dst)
-    if not found:
-        return None
-    holders, is_complete = find_holders([each.inode for each in found], pids)
-    best = found[0]
-    stamps = {each.cgroup_id for each in found}
+    return describe_owners([find_sockets(diag, protocol, src, dst)], list(pids))[0]
+
+
+def describe_owners(found: Sequence[list[DiagSocket]], pids: Sequence[int] | None) -> list[SocketOwner | None]:
+    """For each list of sockets that fit (as :func:`find_sockets` gives them): the owner. One search serves all of them.
+
+    ``pids`` None: holders are not looked for, and the answers say that they are not complete.
+    """
+    inodes = {each.inode for sockets in found for each in sockets}
+    holders, is_complete = find_holders(inodes, pids) if pids is not None else ({}, False)
+    order = {pid: place for place, pid in enumerate(pids or ())}
+    return [_describe(sockets, holders, is_complete, order) if sockets else None for sockets in found]
+
+
+def _describe(
+    sockets: list[DiagSocket], holders: dict[int, list[int]], is_complete: bool, order: dict[int, int]
+) -> SocketOwner:
+    best = sockets[0]
+    stamps = {each.cgroup_id for each in sockets}
+    mine = {pid for each in sockets for pid in holders.get(each.inode, ())}
     return SocketOwner(
         inode=best.inode,
         uid=best.uid,
         cgroup_id=best.cgroup_id if len(stamps) == 1 else None,
-        holders=holders,
-        ambiguous=len(found) > 1,
+        holders=sorted(mine, key=lambda pid: order[pid]),
+        ambiguous=len(sockets) > 1,
         complete=is_complete,
     )
