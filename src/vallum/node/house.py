@@ -320,6 +320,8 @@ class House:
         await self._make_durable(live)
 
     async def _make_durable(self, live: LiveCell) -> None:
+        if self._recorder.get(live.book.run) is not live.book:
+            return  # closed meanwhile, which is durable
         try:
             await asyncio.to_thread(live.book.ledger.sync)
         except RecordError as error:

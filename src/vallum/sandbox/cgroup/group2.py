@@ -102,7 +102,9 @@ class V2Group:
 
     def prepare_leaf(self, step: int) -> None:
         """See the contract."""
-        if self._settled and step not in self._ready:
+        if not self._settled:
+            self._settle()
+        if step not in self._ready and step not in self._newest:
             self._ready[step] = self._make_leaf(step)
 
     def _make_leaf(self, step: int) -> _Leaf:

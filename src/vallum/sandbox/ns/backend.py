@@ -272,6 +272,9 @@ class NsBackend:
             steps=GroupSteps(group, reply.a) if group else None,
         )  # fmt: skip
         self._cells[spec.id] = cell
+        # Now, because PID 1 leaves the cell's cgroup for its own then: right after the builder's moves that is cheap, but
+        # a moment later the kernel would make the first command wait for a grace period of RCU (some 6 ms).
+        cell.prepare()
         return cell
 
     async def _clean_up(self, cell: NsCell) -> None:

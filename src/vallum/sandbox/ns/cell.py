@@ -124,6 +124,10 @@ class NsCell:
         await self._keeper(step)
         return None
 
+    def prepare(self) -> None:
+        """Make ready what the first step will need."""
+        self._prepare_step(0)
+
     def _prepare_step(self, step: int) -> None:
         if self._by_group is not None and self._control.is_open:
             with contextlib.suppress(SandboxError):  # whoever needs it will be told
