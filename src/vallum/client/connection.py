@@ -55,6 +55,11 @@ class Connection:
         )
         return made[0]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the node is still there and neither side has closed."""
+        return not self._closed
+
     def next_seq(self) -> int:
         """A number for a request."""
         return next(self._numbers)

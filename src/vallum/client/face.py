@@ -28,6 +28,8 @@ from vallum.version import __version__
 Containment = Literal["locked", "standard", "research"]
 GuestRoot = Literal["plain", "owner"]
 OnOutput = Callable[[str, bytes], None]
+_HELLOS = 5
+"""How many nodes may end just as we come before that is an error."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,18 @@ class Node:
         self.pid = 0
 
     async def __aenter__(self) -> Node:
-        self._connection = await Connection.open(self.places)
-        hello = wire.Hello(seq=self._connection.next_seq(), protocol=wire.PROTOCOL, version=__version__)
-        welcome = await self._connection.call(hello, wire.Welcome)
-        self.tiers, self.pid = welcome.tiers, welcome.pid
+        for left in reversed(range(_HELLOS)):
+            self._connection = connection = await Connection.open(self.places)
+            hello = wire.Hello(seq=connection.next_seq(), protocol=wire.PROTOCOL, version=__version__)
+            try:
+                welcome = await connection.call(hello, wire.Welcome)
+            except NodeError:
+                # A node that was just ending took the connection and dropped it; who comes next meets its successor.
+                if connection.is_open or not left:
+                    raise
+            else:
+                self.tiers, self.pid = welcome.tiers, welcome.pid
+                break
         return self
 
     async def __aexit__(

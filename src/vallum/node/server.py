@@ -206,6 +206,9 @@ class Server:
             log.warning("refused a client of uid %d", uid)
             stream.close()
             return
+        if self.is_over.is_set():  # too late: it sees its hello unanswered and meets our successor
+            stream.close()
+            return
         client = Client(next(self._numbers), self._house, stream, self.is_over.set)
         task = asyncio.get_running_loop().create_task(client.serve())
         self._clients.add(task)
