@@ -36,6 +36,7 @@ from vallum.node.live import LiveCell
 from vallum.node.pages import read_page
 from vallum.node.recorder import Recorder, RunBook
 from vallum.node.snapshots import Ground, Snapshots, describe, settle_terms
+from vallum.node.spares import Spares, make_cell_id
 from vallum.node.watch import Watch
 from vallum.rules.files import compose, parse_ruleset
 from vallum.sandbox.base import Backend, CellSpec, Image
@@ -73,6 +74,7 @@ class House:
         self._cells: dict[str, LiveCell] = {}
         self._sessions: dict[str, LiveCell] = {}
         self._default_runs: dict[int, str] = {}
+        self._spares = Spares()
         self._images: dict[str, Image] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._watch = Watch(self._recorder, self._find_any, self.contain)
@@ -105,6 +107,7 @@ class House:
         await self._door.stop()
         self._watch.stop()
         self._snapshots.stop()
+        await self._spares.stop()
         for backend in self._backends.values():
             await backend.stop()
         self._recorder.close_all("node_stopped")
@@ -137,15 +140,20 @@ class House:
         image = await self._image(request, origin)
         limits = self._limits(request.limits)
         book = self._book(request, client, ruleset.containment)
-        cell_id = f"c{secrets.token_hex(5)}"
+        spec = CellSpec(id=make_cell_id(), image=image, limits=limits, root=request.root)
         episode = book.take_episode(request.episode)
-        self._snapshots.stand(cell_id, Ground.of(request, image, origin))
+        ground = Ground.of(request, image, origin)
+        self._snapshots.stand(spec.id, ground)
         try:
-            cell = await backend.create(CellSpec(id=cell_id, image=image, limits=limits, root=request.root))
+            cell = await self._spares.take(backend, spec)
         except BaseException:
-            self._snapshots.leave(cell_id)
+            self._snapshots.leave(spec.id)
             book.episodes.discard(episode)
             raise
+        cell_id = cell.id
+        if cell_id != spec.id:
+            self._snapshots.leave(spec.id)
+            self._snapshots.stand(cell_id, ground)
         live = LiveCell(cell, book, episode, client, limits, self._watch)
         self._cells[cell_id] = live
         try:
