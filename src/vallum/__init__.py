@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from vallum import sync
 from vallum.client.face import EventView, ExecResult, Node, Process, Sandbox, Session
+from vallum.client.snapshots import FileChange, FilesChanged, Snapshot
 from vallum.core.errors import (
     CellGone,
     CommandNotExecutable,
@@ -36,6 +37,8 @@ __all__ = [
     "ControlMissing",
     "EventView",
     "ExecResult",
+    "FileChange",
+    "FilesChanged",
     "GatewayError",
     "GuestFileError",
     "InvalidInput",
@@ -48,6 +51,7 @@ __all__ = [
     "Sandbox",
     "SandboxError",
     "Session",
+    "Snapshot",
     "StepTimeout",
     "VallumError",
     "VerificationError",

@@ -14,10 +14,11 @@ import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from vallum.client import face
 from vallum.client.face import EventView, ExecResult
+from vallum.client.snapshots import FilesChanged, Snapshot
 
 T = TypeVar("T")
 
@@ -116,6 +117,14 @@ class Sandbox:
         finally:
             _loop.run(block.__aexit__(None, None, None))
 
+    def snapshot(self, *, processes: Literal["freeze", "end"] = "freeze") -> Snapshot:
+        """See :meth:`vallum.Sandbox.snapshot`."""
+        return _loop.run(self._inner.snapshot(processes=processes))
+
+    def diff(self, since: int | Snapshot | str | None = None) -> FilesChanged:
+        """See :meth:`vallum.Sandbox.diff`."""
+        return _loop.run(self._inner.diff(since))
+
     def read_file(self, path: str, **options: Any) -> bytes:
         """See :meth:`vallum.Sandbox.read_file`."""
         return _loop.run(self._inner.read_file(path, **options))
@@ -156,6 +165,22 @@ class Node:
             return await self._inner.sandbox(image, **options)
 
         return Sandbox(_loop.run(open_sandbox()))
+
+    def fork(self, snapshot: Snapshot | str, **options: Any) -> Sandbox:
+        """See :meth:`vallum.Node.fork`. The result is a context manager, too."""
+
+        async def open_fork() -> face.Sandbox:
+            return await self._inner.fork(snapshot, **options)
+
+        return Sandbox(_loop.run(open_fork()))
+
+    def snapshots(self) -> list[Snapshot]:
+        """See :meth:`vallum.Node.snapshots`."""
+        return _loop.run(self._inner.snapshots())
+
+    def delete(self, snapshot: Snapshot | str) -> None:
+        """See :meth:`vallum.Node.delete`."""
+        _loop.run(self._inner.delete(snapshot))
 
     def events(self, *, run: str, episode: str | None = None) -> list[EventView]:
         """See :meth:`vallum.Node.events`."""

@@ -15,6 +15,7 @@ from vallum.version import __version__
 COMMANDS = {
     "bench": "vallum.cli.bench:bench",
     "demo": "vallum.cli.demo:demo",
+    "diff": "vallum.cli.snapshots:diff",
     "doctor": "vallum.cli.doctor:doctor",
     "events": "vallum.cli.records:events",
     "incidents": "vallum.cli.records:incidents",
@@ -23,6 +24,7 @@ COMMANDS = {
     "run": "vallum.cli.run:run",
     "runs": "vallum.cli.records:runs",
     "show": "vallum.cli.records:show",
+    "snapshots": "vallum.cli.snapshots:snapshots",
     "verify": "vallum.cli.records:verify",
 }
 """Name -> where the click command is. A new command is one line here and one file beside this."""

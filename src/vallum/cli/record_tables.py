@@ -15,16 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vallum.core.events import Event, Process, Record
+from vallum.core.events import Event, FileChanged, Process, Record
 from vallum.core.text import show
 from vallum.core.units import show_bytes, show_duration
 from vallum.record.chapters import EpisodeStory, RunStory, StepStory, Totals
 from vallum.record.index import FindingRow, RunRow
+from vallum.sandbox.snapshots.store import Manifest
 
 SHOWN_STEPS = 200
 SHOWN_ATTEMPTS = 60
 _TONES = {"critical": "bold red", "high": "red", "medium": "yellow", "low": "cyan", "info": "dim"}
 _STATES = {"finished": "green", "running": "cyan", "contained": "red", "changed": "bold red", "unreadable": "red"}
+_CHANGES = {"added": "green", "changed": "yellow", "removed": "red"}
 _RANKS = {name: rank for rank, name in enumerate(_TONES)}
 
 
@@ -123,6 +125,7 @@ def print_story(story: RunStory) -> None:
         console.print(Text(f"... and {len(steps) - SHOWN_STEPS} more steps"), style="dim")
     _print_denied(console, story, several)
     _print_allowed(console, story, several)
+    _print_files(console, story)
     for finding in story.findings[:SHOWN_ATTEMPTS]:
         event = finding.event
         console.print(
@@ -226,6 +229,51 @@ def _print_denied(console: Console, story: RunStory, several: bool) -> None:
         console.print(
             Text(f"... and {len(entries) - SHOWN_ATTEMPTS} more lines: vallum report {story.run}"), style="dim"
         )
+
+
+def _print_files(console: Console, story: RunStory) -> None:
+    for episode in story.episodes.values():
+        for made in episode.snapshots[:SHOWN_ATTEMPTS]:
+            after = "before the first step" if made.scope.step is None else f"after step {made.scope.step}"
+            size = f"{made.entries} entries, {show_bytes(made.bytes)}, {show(made.digest, 30)}"
+            console.print(Text.assemble(("snapshot ", "cyan"), f"{show(made.snapshot, 40)}  {after}  ", (size, "dim")))
+        if episode.changes:
+            print_changes(console, episode.changes[:SHOWN_ATTEMPTS])
+        if len(episode.changes) > SHOWN_ATTEMPTS:
+            console.print(Text(f"... and {len(episode.changes) - SHOWN_ATTEMPTS} more changes of files"), style="dim")
+
+
+def print_changes(console: Console, changes: list[FileChanged]) -> None:
+    """Files that were added, changed or removed."""
+    table = _table("Steps", "Change", "Path", "Size", "SHA-256", numeric=(3,))
+    for one in changes:
+        steps = "?" if one.last_step is None else str(one.last_step)
+        if one.last_step is not None and one.first_step != one.last_step:
+            steps = f"{one.first_step}-{one.last_step}"
+        word = "replaced" if one.replaced else one.change
+        table.add_row(
+            Text(steps), Text(word, style=_CHANGES.get(one.change, "")), Text(show(one.path, 160), overflow="fold"),
+            show_bytes(one.bytes), Text(show(one.sha256[:17], 20), style="dim"),
+        )  # fmt: skip
+    console.print(table)
+
+
+def print_snapshots(manifests: list[Manifest], directory: Path) -> None:
+    """The snapshots of a home."""
+    if not manifests:
+        Console().print(Text(f"No snapshots in {show(str(directory))}: make one with sb.snapshot()."))
+        return
+    table = _table(
+        "Snapshot", "Made (UTC)", "Run", "Episode", "Step", "Image", "Entries", "Size", "Lies on", numeric=(4, 6, 7)
+    )
+    for one in manifests:
+        below = one.chain[1] if len(one.chain) > 1 else "-"
+        table.add_row(
+            Text(one.id, no_wrap=True), _when(one.created_ns), Text(show(one.run, 64)), Text(show(one.episode, 64)),
+            "-" if one.step is None else str(one.step), Text(show(one.image.ref, 60)),
+            str(sum(layer.entries for layer in one.layers)), show_bytes(sum(layer.bytes for layer in one.layers)), Text(below),
+        )  # fmt: skip
+    _wide_console().print(table)
 
 
 def _print_allowed(console: Console, story: RunStory, several: bool) -> None:

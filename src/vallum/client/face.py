@@ -21,6 +21,7 @@ from typing import Any, Literal
 from vallum.client import wire
 from vallum.client.connection import Connection, view
 from vallum.client.places import Places
+from vallum.client.snapshots import FilesChanged, Snapshot, make_fork, name_of, read_diff, read_snapshot
 from vallum.core.errors import InvalidInput, NodeError, VallumError
 from vallum.core.limits import Limits
 from vallum.version import __version__
@@ -155,18 +156,14 @@ class Node:
             InvalidInput, RuleError: an argument cannot be used.
             SandboxError, ControlMissing: the cell cannot be built here.
         """
-        rules_path = Path(rules) if rules is not None else None
-        try:
-            text = rules_path.read_text("utf-8") if rules_path else None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"cannot read rule file {rules_path}: {error}") from error
+        text, rules_name = _read_rules(rules)
         request = wire.CreateSandbox(
             seq=self.connection.next_seq(),
             image=image,
             containment=containment,
             allow=list(allow),
             rules=text,
-            rules_name=str(rules_path or ""),
+            rules_name=rules_name,
             mounts=list(mounts),
             limits=(limits or Limits()).check(),
             run=run,
@@ -179,6 +176,57 @@ class Node:
             command=list(command),
         )
         return SandboxOpener(self, request)
+
+    def fork(
+        self,
+        snapshot: Snapshot | str,
+        *,
+        run: str | None = None,
+        episode: str | None = None,
+        containment: Containment | None = None,
+        allow: Sequence[str] = (),
+        rules: str | os.PathLike[str] | None = None,
+        limits: Limits | None = None,
+        environ: Mapping[str, str] | None = None,
+        user: str | None = None,
+        workdir: str | None = None,
+    ) -> SandboxOpener:
+        """A new cell with the files of a snapshot: ``async with node.fork(snap) as sb`` or ``sb = await node.fork(snap)``.
+
+        Files only: no process, memory or connection of the parent is in it. Many forks of one snapshot may live at
+        once, and none can see or change what another has, nor the parent. Image, level, environment and limits are
+        the parent's unless given.
+
+        Args:
+            snapshot: what :meth:`Sandbox.snapshot` gave, or its id.
+            run: default: the parent's run when this client is still in it, else this client's own.
+            containment: None: the parent's containment, grants and rules (``allow`` adds to them). Given: only what
+                is given here counts.
+
+        Raises (when entered or awaited):
+            InvalidInput: there is no such snapshot, or an argument cannot be used.
+            SandboxError: its image is gone, or the cell cannot be built here.
+        """
+        text, name = _read_rules(rules)
+        request = make_fork(
+            self.connection.next_seq(), snapshot, run=run, episode=episode, containment=containment, allow=allow,
+            rules=text, rules_name=name, limits=limits, environ=environ, user=user, workdir=workdir,
+        )  # fmt: skip
+        return SandboxOpener(self, request)
+
+    async def snapshots(self) -> list[Snapshot]:
+        """The snapshots of this home, of every run, the newest first. They stay until they are deleted."""
+        request = wire.Snapshots(seq=self.connection.next_seq())
+        return [read_snapshot(one) for one in await self.connection.call(request, list[wire.SnapshotInfo])]
+
+    async def delete(self, snapshot: Snapshot | str) -> None:
+        """Delete a snapshot.
+
+        Raises:
+            InvalidInput: there is none of that id; a live cell or another snapshot needs it.
+        """
+        request = wire.DeleteSnapshot(seq=self.connection.next_seq(), snapshot=name_of(snapshot))
+        await self.connection.call(request, type(None))
 
     async def events(self, *, run: str, episode: str | None = None) -> list[EventView]:
         """Every recorded event of a run (or of one episode of it), oldest first."""
@@ -198,9 +246,9 @@ class Node:
 
 
 class SandboxOpener:
-    """What ``node.sandbox(...)`` gives: await it, or enter it."""
+    """What ``node.sandbox(...)`` and ``node.fork(...)`` give: await it, or enter it."""
 
-    def __init__(self, node: Node, request: wire.CreateSandbox) -> None:
+    def __init__(self, node: Node, request: wire.CreateSandbox | wire.ForkSandbox) -> None:
         self._node = node
         self._request = request
         self._sandbox: Sandbox | None = None
@@ -366,6 +414,36 @@ class Sandbox:
         )
         await self._connection.call(request, type(None))
 
+    async def snapshot(self, *, processes: Literal["freeze", "end"] = "freeze") -> Snapshot:
+        """Seal the cell's files as they are now; :meth:`Node.fork` makes new cells of them. The cell goes on.
+
+        Files only. Processes and their memory are not kept: with ``freeze`` they stand still for the moment of
+        copying and go on, with ``end`` they (and open sessions) are killed first, so that no file is caught halfway.
+        Takes time and disk in proportion to what the cell has written so far. Recorded, with a digest over every
+        path, owner, mode and content, and with what changed since the snapshot before.
+
+        Raises:
+            CellGone: the cell has ended.
+            SandboxError: it could not be copied (disk full, say); nothing half-made is left, and the cell goes on.
+        """
+        request = wire.Snapshot(seq=self._connection.next_seq(), sandbox=self.id, processes=processes)
+        return read_snapshot(await self._connection.call(request, wire.SnapshotInfo))
+
+    async def diff(self, since: int | Snapshot | str | None = None) -> FilesChanged:
+        """Files that were added, changed or removed since a moment; recorded as events, too.
+
+        Args:
+            since: None: since the cell began (a fork: since it was forked). A snapshot of this cell. Or the number of
+                a step after which a snapshot or diff of this cell was made: the latest such moment.
+
+        Raises:
+            InvalidInput: the files were not kept at that moment.
+            CellGone: the cell has ended.
+        """
+        moment = since if since is None or isinstance(since, int) else name_of(since)
+        request = wire.Diff(seq=self._connection.next_seq(), sandbox=self.id, since=moment)
+        return read_diff(await self._connection.call(request, wire.FilesChanged))
+
     async def close(self, *, exit_code: int | None = None) -> None:
         """End the cell. Everything in it is killed and its layer deleted."""
         if self.used is None:
@@ -469,6 +547,17 @@ class Session:
     async def close(self) -> None:
         """End the shell; what it left in the background stays until the cell ends."""
         await self._connection.call(wire.CloseSession(seq=self._connection.next_seq(), session=self.id), type(None))
+
+
+def _read_rules(rules: str | os.PathLike[str] | None) -> tuple[str | None, str]:
+    """(text, name) of a rule file."""
+    if rules is None:
+        return None, ""
+    path = Path(rules)
+    try:
+        return path.read_text("utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot read rule file {path}: {error}") from error
 
 
 def _result(ran: wire.Ran) -> ExecResult:

@@ -46,6 +46,11 @@ class Places:
         return self.state / "images"
 
     @property
+    def snapshots(self) -> Path:
+        """Sealed layers; they survive the node."""
+        return self.state / "snapshots"
+
+    @property
     def socket(self) -> Path:
         """The node's Unix socket."""
         return self.runtime / "node.sock"

@@ -60,6 +60,48 @@ class CreateSandbox(Request, frozen=True, tag="sandbox.create"):
     root: Literal["plain", "owner"] = "plain"
 
 
+class ForkSandbox(Request, frozen=True, tag="sandbox.fork"):
+    """Build a cell on a snapshot. What is None or empty is as it was for the parent. Answer: :class:`SandboxMade`."""
+
+    snapshot: str
+    containment: str | None
+    """Given: the parent's containment, grants and rules do not count, only what is given here."""
+    allow: list[str]
+    rules: str | None
+    rules_name: str
+    limits: Limits | None
+    run: str | None
+    episode: str | None
+    environ: dict[str, str]
+    user: str | None
+    workdir: str | None
+
+
+class Snapshot(Request, frozen=True, tag="snapshot.make"):
+    """Seal a cell's files. Answer: :class:`SnapshotInfo`."""
+
+    sandbox: str
+    processes: Literal["freeze", "end"]
+
+
+class Snapshots(Request, frozen=True, tag="snapshot.list"):
+    """Answer: a list of :class:`SnapshotInfo`, the newest first."""
+
+
+class DeleteSnapshot(Request, frozen=True, tag="snapshot.delete"):
+    """Answer: None."""
+
+    snapshot: str
+
+
+class Diff(Request, frozen=True, tag="files.diff"):
+    """What changed in a cell's files. Answer: :class:`FilesChanged`."""
+
+    sandbox: str
+    since: int | str | None
+    """A step after which a snapshot or diff was made, a snapshot, or None: since the cell began."""
+
+
 class CloseSandbox(Request, frozen=True, tag="sandbox.close"):
     """End a cell. Answer: :class:`SandboxClosed`."""
 
@@ -199,6 +241,11 @@ class Stop(Request, frozen=True, tag="stop"):
 AnyRequest = (
     Hello
     | CreateSandbox
+    | ForkSandbox
+    | Snapshot
+    | Snapshots
+    | DeleteSnapshot
+    | Diff
     | CloseSandbox
     | OpenStep
     | CloseStep
@@ -234,6 +281,53 @@ class SandboxMade(msgspec.Struct, frozen=True, kw_only=True):
     episode: str
     pid: int
     rootless: bool
+
+
+class SnapshotInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot."""
+
+    id: str
+    run: str
+    episode: str
+    step: int | None
+    """The last step before it."""
+    digest: str
+    parent: str | None
+    created_ns: int
+    image: str
+    entries: int
+    bytes: int
+    processes: str
+    alive: int
+    depth: int
+    """Snapshots that make it up, itself included."""
+
+
+class FileChange(msgspec.Struct, frozen=True, kw_only=True):
+    """A path that is not as it was; fields as of the event ``file.change``."""
+
+    path: str
+    change: Literal["added", "changed", "removed"]
+    type: str
+    bytes: int | None
+    mode: int | None
+    uid: int | None
+    sha256: str
+    replaced: bool
+
+
+class FilesChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer to :class:`Diff`."""
+
+    changes: list[FileChange]
+    """In the order of their paths; the first thousand."""
+    first_step: int | None
+    last_step: int | None
+    added: int
+    changed: int
+    removed: int
+    left_out: int
+    """How many there are beyond ``changes``."""
 
 
 class Used(msgspec.Struct, frozen=True, kw_only=True):

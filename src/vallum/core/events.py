@@ -81,7 +81,7 @@ class EpisodeStarted(Event, frozen=True, tag="episode.started"):
     """Every rule of the episode, one readable line each."""
     limits: dict[str, float | int | None]
     parent: str | None = None
-    """Snapshot that the cell was forked from."""
+    """Snapshot that the cell was forked from: it began with its files, and with none of its processes or memory."""
     root: str = "plain"
     """What user 0 of the cell may do: ``plain`` or ``owner`` (see ``vallum.sandbox.base.GuestRoot``)."""
 
@@ -224,6 +224,62 @@ class FileWrite(Event, frozen=True, tag="file.write"):
     """``sdk`` for write_file; a sensor's name otherwise."""
 
 
+class SnapshotMade(Event, frozen=True, tag="snapshot.made"):
+    """A cell's files were sealed at one moment. Its processes, their memory and connections are in no snapshot."""
+
+    snapshot: str
+    digest: str
+    """``sha256:...`` over the image, the snapshot below it and the layers: names every path, owner, mode and content."""
+    parent: str | None
+    """Snapshot that the cell was forked from."""
+    layers: dict[str, str]
+    """Place in the guest -> ``sha256:...`` of the listing of the layer sealed there."""
+    entries: int
+    bytes: int
+    processes: str
+    """``freeze``: they stood still meanwhile and went on; ``end``: they were killed first."""
+    alive: int
+    """How many there were."""
+    stopped_ns: int
+    """How long the cell stood still."""
+
+
+class FileChanged(Event, frozen=True, tag="file.change"):
+    """A path of the cell that is not as it was. Seen by comparing contents when a snapshot or a diff was asked for."""
+
+    path: str
+    change: Literal["added", "changed", "removed"]
+    type: str
+    """``file``, ``directory``, ``link``, ``fifo`` or ``socket``; empty for what was removed and is not known."""
+    bytes: int | None
+    mode: int | None
+    uid: int | None
+    """Owner inside the cell."""
+    sha256: str
+    """Of the content (of a link: its target); of a file with large holes ``s`` and a digest of its blocks."""
+    replaced: bool
+    """A directory that was deleted and made again: what was in it before is gone."""
+    first_step: int | None
+    """It changed in the steps from this one to ``last_step``, or was changed then by what earlier ones left running."""
+    last_step: int | None
+
+
+class FilesCompared(Event, frozen=True, tag="files.compared"):
+    """What the ``file.change`` events before it come to."""
+
+    snapshot: str | None
+    """The moment that was looked at, where it is a snapshot."""
+    since: str | None
+    """The snapshot it was compared with, where it is one."""
+    first_step: int | None
+    last_step: int | None
+    added: int
+    changed: int
+    removed: int
+    left_out: int
+    """Of these, how many have no event of their own."""
+
+
 class ResourceSample(Event, frozen=True, tag="resource.sample"):
     """What was in use: of the step when the scope has one, of the whole cell otherwise. None where the kernel does not tell."""
 
@@ -298,6 +354,9 @@ AnyEvent = (
     | DnsQuery
     | PacketDropped
     | FileWrite
+    | SnapshotMade
+    | FileChanged
+    | FilesCompared
     | ResourceSample
     | VerdictGiven
     | Finding

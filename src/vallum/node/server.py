@@ -155,6 +155,11 @@ class Client:
                 return None
         answers: dict[type, Callable[[Any, int], Awaitable[object]]] = {
             wire.CreateSandbox: house.create,
+            wire.ForkSandbox: house.fork,
+            wire.Snapshot: house.take_snapshot,
+            wire.Snapshots: house.list_snapshots,
+            wire.DeleteSnapshot: house.delete_snapshot,
+            wire.Diff: house.diff_files,
             wire.CloseSandbox: house.close,
             wire.CloseStep: house.close_step,
             wire.OpenSession: house.open_session,

@@ -11,12 +11,15 @@ from vallum.core.events import (
     ContainmentAction,
     EpisodeEnded,
     EpisodeStarted,
+    FileChanged,
+    FilesCompared,
     FileWrite,
     Finding,
     Process,
     RunEnded,
     RunStarted,
     SensorStatus,
+    SnapshotMade,
     VerdictGiven,
 )
 from vallum.record.traffic import Entries, Span, Traffic
@@ -128,6 +131,10 @@ class EpisodeStory:
     started: EpisodeStarted | None = None
     ended: EpisodeEnded | None = None
     steps: dict[int | None, StepStory] = field(default_factory=dict)
+    snapshots: list[SnapshotMade] = field(default_factory=list)
+    changes: list[FileChanged] = field(default_factory=list)
+    """Files that were found changed when somebody compared: of the steps that each of them names."""
+    comparisons: list[FilesCompared] = field(default_factory=list)
     cpu_ns: int | None = None
     memory_peak_bytes: int | None = None
 

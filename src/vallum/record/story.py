@@ -15,6 +15,8 @@ from vallum.core.events import (
     EpisodeEnded,
     EpisodeStarted,
     Event,
+    FileChanged,
+    FilesCompared,
     FileWrite,
     Finding,
     Flow,
@@ -27,6 +29,7 @@ from vallum.core.events import (
     RunEnded,
     RunStarted,
     SensorStatus,
+    SnapshotMade,
     StepClosed,
     StepOpened,
     ToolCall,
@@ -73,6 +76,9 @@ class _Teller:
             DnsQuery: self._query,
             PacketDropped: self._packet,
             FileWrite: self._file,
+            SnapshotMade: self._snapshot,
+            FileChanged: self._change,
+            FilesCompared: self._comparison,
             ResourceSample: self._sample,
             VerdictGiven: self._verdict,
             Finding: self._finding,
@@ -192,6 +198,21 @@ class _Teller:
         files = self._step(event, at_ns).files
         if len(files) < KEPT:
             files.append(event)
+
+    def _snapshot(self, number: int, event: SnapshotMade, at_ns: int) -> None:
+        episode = self._episode(event, at_ns)
+        if len(episode.snapshots) < KEPT:
+            episode.snapshots.append(event)
+
+    def _change(self, number: int, event: FileChanged, at_ns: int) -> None:
+        changes = self._episode(event, at_ns).changes
+        if len(changes) < KEPT:
+            changes.append(event)
+
+    def _comparison(self, number: int, event: FilesCompared, at_ns: int) -> None:
+        comparisons = self._episode(event, at_ns).comparisons
+        if len(comparisons) < KEPT:
+            comparisons.append(event)
 
     def _sample(self, number: int, event: ResourceSample, at_ns: int) -> None:
         episode = self._episode(event, at_ns)

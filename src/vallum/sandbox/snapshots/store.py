@@ -21,7 +21,7 @@ import msgspec
 from vallum.core.errors import InvalidInput, SandboxError
 from vallum.core.limits import Limits
 from vallum.core.text import show
-from vallum.sandbox.base import Image, Layer, SealedLayer
+from vallum.sandbox.base import GuestRoot, Image, Layer, SealedLayer
 
 MANIFEST = "manifest.json"
 SYNCED = "synced"
@@ -35,13 +35,14 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """What a cell was allowed: a fork gets the same unless told otherwise."""
 
-    containment: str
+    containment: str | None
+    """None: what the rule file says."""
     allow: list[str]
     rules: str | None
     """Text of a rule file."""
     rules_name: str
     limits: Limits
-    root: str = "plain"
+    root: GuestRoot = "plain"
     """What root of the cell may, see ``CellSpec.root``."""
 
 
