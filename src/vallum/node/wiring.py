@@ -10,6 +10,7 @@ from vallum.core.errors import SandboxError
 from vallum.sandbox.base import Backend
 from vallum.sandbox.cgroup.base import Driver
 from vallum.sandbox.cgroup.detect import find_driver
+from vallum.sandbox.gvisor.backend import GvisorBackend
 from vallum.sandbox.ns.backend import NsBackend
 from vallum.sandbox.uidrange import UidRanges
 
@@ -31,5 +32,9 @@ def make_driver(places: Places) -> Driver | None:
 
 
 def make_backends(places: Places, driver: Driver | None) -> dict[str, Backend]:
-    """Level -> backend."""
-    return {"ns": NsBackend(places.cells, uids=make_ranges(), driver=driver)}
+    """Level -> backend. All share the machine's ranges of ids and the cgroup driver."""
+    ranges = make_ranges()
+    return {
+        "ns": NsBackend(places.cells, uids=ranges, driver=driver),
+        "gvisor": GvisorBackend(places.cells.with_name("cells.gvisor"), uids=ranges, driver=driver),
+    }
