@@ -24,6 +24,7 @@ from vallum.core.errors import (
     GuestFileError,
     InvalidInput,
     RecordError,
+    SandboxError,
     VallumError,
 )
 from vallum.core.events import ContainmentAction, EpisodeEnded, EpisodeStarted, FileWrite, RunStarted
@@ -101,9 +102,10 @@ class House:
 
     async def stop(self) -> None:
         """End every cell, then every part, then every run."""
-        await asyncio.gather(*(self._end(live, "node_stopped") for live in list(self._cells.values())))
+        ends = (self._end(live, "node_stopped") for live in list(self._cells.values()))
+        await asyncio.gather(*ends, return_exceptions=True)
         while self._background:
-            await asyncio.gather(*self._background)
+            await asyncio.gather(*self._background, return_exceptions=True)
         await self._door.stop()
         self._watch.stop()
         self._snapshots.stop()
@@ -295,7 +297,13 @@ class House:
         live.is_closing = True
         with contextlib.suppress(VallumError):
             live.settle()
-        survivors, _ = await asyncio.gather(live.cell.kill(), self._close_doors(live))
+        survivors, failure = 0, None
+        try:
+            survivors, _ = await asyncio.gather(live.cell.kill(), self._close_doors(live))
+        except SandboxError as error:
+            # A process that waits in the kernel: it has no door any more, and nobody else shall wait for it.
+            log.error("cell %s: %s", live.id, error)
+            failure = error
         self._snapshots.leave(live.id)
         self._watch.remove(live)
         self._cells.pop(live.id, None)
@@ -313,6 +321,8 @@ class House:
                 )
             )
         self._later(self._put_away(live))
+        if failure is not None:
+            raise failure
         return survivors
 
     async def _close_doors(self, live: LiveCell) -> None:
@@ -338,7 +348,7 @@ class House:
     async def forget_client(self, client: int) -> None:
         """End the cells of a client that has gone, and the runs that nobody holds any more."""
         mine = [live for live in self._cells.values() if live.client == client]
-        await asyncio.gather(*(self._end(live, "client_gone") for live in mine))
+        await asyncio.gather(*(self._end(live, "client_gone") for live in mine), return_exceptions=True)
         self._default_runs.pop(client, None)
         for book in self._recorder.books():
             if client in book.holders:

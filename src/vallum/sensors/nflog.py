@@ -146,10 +146,11 @@ class NflogReader:
     def __init__(
         self, hooks: Hooks, cell: str, packets: socket.socket, scope: Scope, attributor: Attributor | None = None
     ) -> None:
-        """``packets`` is the cell's door of that name (it stays the cell's to close); ``scope`` is the cell's."""
+        """``packets`` is the cell's door of that name (it stays the cell's to close, and may be closed at any time); ``scope`` is the cell's."""
         self._hooks = hooks
         self._cell = cell
-        self._socket = packets
+        # A copy: the cell closes its door as soon as its last process is gone, and what that one sent is still to be read.
+        self._socket = packets.dup()
         self._scope = scope
         self._attributor = attributor
         self._kinds: dict[tuple[str, str, int | None, int | None, int | None], _Kind] = {}
@@ -169,15 +170,22 @@ class NflogReader:
         self._status("watching", "packets that are neither TCP nor DNS")
 
     def stop(self) -> None:
-        """Tell what was added up, and stop. Call it before the door is closed."""
+        """Tell what was added up, and stop."""
         if self._loop is None:
+            self._socket.close()
             return
-        self._loop.remove_reader(self._socket)
-        self._loop = None
+        self._read()
+        self._let_go()
         self._flush()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _let_go(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket)
+            self._loop = None
+            self._socket.close()
 
     def settle(self) -> None:
         """Take what has been logged so far and end the window: called when a step closes, so that what it sent is told
@@ -201,7 +209,7 @@ class NflogReader:
                     self.dropped += 1
                     self._flush_later()
                     continue
-                self._loop.remove_reader(self._socket)
+                self._let_go()
                 self._status("blind", f"the packet log ended: {error.strerror}")
                 return
             if port != 0:
@@ -297,8 +305,6 @@ class NflogReader:
         try:
             self._hooks.emit(event)
         except RecordError as error:
-            if self._loop is not None:
-                self._loop.remove_reader(self._socket)
-                self._loop = None
+            self._let_go()
             self._kinds.clear()
             self._hooks.record_failed(self._cell, error)
