@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
 import tarfile
@@ -12,8 +13,9 @@ import pytest
 
 from vallum.core.errors import InvalidInput, SandboxError
 from vallum.sandbox.images.layer_stream import LayerLimits
+from vallum.sandbox.images.layer_view import LayerView
 from vallum.sandbox.images.oci import resolve_oci, split_place
-from vallum.sandbox.images.oci_root import choose_user, find
+from vallum.sandbox.images.oci_root import choose_user
 from vallum.sandbox.images.oci_source import Directory
 from vallum.sandbox.images.oci_spec import find_architecture, parse_environ
 from vallum.sandbox.images.pull import explain, parse_name
@@ -76,7 +78,7 @@ def test_layers_are_shared_and_unpacked_once(tmp_path, images):
     assert one.layers[0].lowers[::2] == two.layers[0].lowers[::2], "the base, and the layer on top"
     again = Path(two.layers[0].lowers[2]).stat()
     assert (stamp.st_ino, stamp.st_ctime_ns) == (again.st_ino, again.st_ctime_ns)
-    assert len(list((images / "layers").iterdir())) == 3
+    assert len([path for path in (images / "layers").iterdir() if path.is_dir()]) == 3
 
 
 def test_a_layer_that_comes_twice_counts_where_it_is_uppermost(tmp_path, images):
@@ -171,7 +173,7 @@ def test_a_hostile_layer_leaves_nothing(tmp_path, images):
     with pytest.raises(InvalidInput, match=r"corrupt or hostile: a member has a name with '\.\.'"):
         prepare(ref, images)
     assert list_left(images) == []
-    assert len(list((images / "layers").iterdir())) == 1, "the honest layer is whole and stays"
+    assert len(list((images / "layers").iterdir())) == 2, "the honest layer is whole and stays"
     assert not list(tmp_path.rglob("escaped"))
 
 
@@ -249,8 +251,9 @@ def test_what_a_crash_left_is_removed_at_the_next_use(tmp_path, images):
     left = images / "layers/.new-sha256-crashed"
     (left / "closed/d").mkdir(parents=True)
     (left / "closed").chmod(0)
+    (images / "pulls/crashed/image").mkdir(parents=True)
     prepare(make_layout(tmp_path / "2", [[Item("f", b"")]]), images)
-    assert not left.exists()
+    assert list_left(images) == []
 
 
 def test_what_another_process_is_making_is_not_removed(tmp_path, images):
@@ -347,13 +350,30 @@ def test_what_overlay_shows(tmp_path):
     (tmp_path / "up/a").mkdir()
     os.setxattr(tmp_path / "up/a", "user.overlay.opaque", b"y")
     (tmp_path / "up/x").symlink_to("/etc")
-    lowers = [tmp_path / "up", tmp_path / "low"]
-    assert find(lowers, "etc/passwd").layer == tmp_path / "low"
-    assert find(lowers, "a/f") is None
-    assert find(lowers, "x/y") is None
-    assert find(lowers, "x/passwd") is None
+    view = LayerView([(tmp_path / "up", frozenset()), (tmp_path / "low", frozenset())])
+    assert view.find("etc/passwd").layer == tmp_path / "low"
+    assert view.read_text("etc/passwd") == "low"
+    assert view.find("a/f") is None
+    assert view.find("x/y") is None
+    assert view.find("x/passwd") is None
     os.mknod(tmp_path / "up/etc/passwd", 0o20000, 0)
-    assert find(lowers, "etc/passwd") is None
+    assert view.find("etc/passwd") is None
+
+
+def test_directories_that_a_layer_does_not_list_are_as_below(tmp_path, images):
+    low = [Item("srv", mode=0o750), Item("srv/own", mode=0o700), Item("link", link="srv"), Item("gone", mode=0o711)]
+    up = [
+        Item("srv/own/f", b""),
+        Item("link/f", b""),
+        Item("new/f", b""),
+        Item("gone/f", b""),
+        Item(".wh.gone", b""),
+        Item("etc/hosts/f", b""),
+    ]
+    image = prepare(make_layout(tmp_path / "l", [low, up]), images)
+    top = Path(image.layers[0].lowers[0])
+    assert [stat.S_IMODE((top / path).stat().st_mode) for path in ("srv", "srv/own")] == [0o750, 0o700]
+    assert not {"link", "new", "gone"} & {path.name for path in top.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,21 @@ _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class Beneath:
     """Ways from one directory. Paths are bytes joined by '/', without '..'; the directory itself is empty."""
 
-    def __init__(self, directory: Path, on_step: Callable[[], None]) -> None:
-        """``on_step`` is called for each part of each way; an error of it ends the way."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        on_step: Callable[[], None] | None = None,
+        on_made: Callable[[bytes], None] | None = None,
+    ) -> None:
+        """``on_step`` is called for each part of each way, ``on_made`` for each directory that was made on one.
+
+        Raises:
+            OSError: it is not there.
+        """
         self.root = os.open(directory, _WALK)
         self._on_step = on_step
+        self._on_made = on_made
         self._parent: tuple[bytes, int] | None = None
 
     def close(self) -> None:
@@ -70,13 +81,17 @@ class Beneath:
         """
         fd = os.dup(self.root)
         try:
-            for part in path.split(b"/") if path else ():
-                self._on_step()
+            parts = path.split(b"/") if path else []
+            for number, part in enumerate(parts, 1):
+                if self._on_step is not None:
+                    self._on_step()
                 try:
                     below = os.open(part, _WALK, dir_fd=fd)
                 except FileNotFoundError:
                     if not make:
                         raise
+                    if self._on_made is not None:
+                        self._on_made(b"/".join(parts[:number]))
                     os.mkdir(part, 0o700, dir_fd=fd)
                     # It is no link: we made it a moment ago and nobody else can.
                     os.chmod(part, 0o755, dir_fd=fd)  # noqa: S103 - of the image, below a directory of mode 0700

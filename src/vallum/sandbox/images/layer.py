@@ -9,7 +9,8 @@ entries that replace others, devices (never made: the name is absent in the cell
 directory above is 0700 and cells mount layers nosuid), extended attributes and with them capabilities (never set),
 owners beyond a cell's range, limits of bytes and entries, a full disk. Targets of symbolic links are text: they are
 resolved inside the cell only.
-Not covered: parents that the archive does not list become root's with mode 0755.
+Not covered: parents that the archive does not list become root's with mode 0755 here; who shows the layer gives them
+what the layers below say (``implied``, see ``layer_view.py``).
 
 Whiteouts take overlay's own form: ``.wh.x`` a character device 0/0 (making one needs no privilege since Linux 5.8),
 ``.wh..wh..opq`` the attribute ``user.overlay.opaque`` (cells mount with ``userxattr``). They are applied at the end:
@@ -45,6 +46,7 @@ _LOOK_EVERY_ENTRIES = 512
 _KEPT_BYTES = 128 << 20
 _KEPT_EACH_BYTES = 200
 _STEPS_EACH_ENTRY = 10
+_MAX_IMPLIED = 50_000
 
 
 @dataclass
@@ -60,6 +62,8 @@ class Unpacked:
     diff_id: str = ""
     """Of the plain bytes."""
     raw_bytes: int = 0
+    implied: list[bytes] = field(default_factory=list)
+    """Directories that the layer has but does not list: they are as the layers below have them."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class _Marks:
     directories: dict[bytes, _Dress] = field(default_factory=dict)
     whiteouts: set[bytes] = field(default_factory=set)
     opaque: set[bytes] = field(default_factory=set)
+    made: set[bytes] = field(default_factory=set)
+    """Directories that no member named before something was in them."""
     kept_bytes: int = 0
 
     def keep(self, path: bytes) -> bytes:
@@ -107,7 +113,7 @@ class Unpacker:
             limits: what is too much.
             stop: when set, unpacking ends with an error.
         """
-        self._tree = Beneath(target, self._count_step)
+        self._tree = Beneath(target, on_step=self._count_step, on_made=self._mark_made)
         self._owners = owners
         self._limits = limits or LayerLimits()
         self._stop = stop
@@ -218,6 +224,9 @@ class Unpacker:
             raise LayerError(f"a member has the whiteout name {show(keep(name))!r}, which names nothing")
         self._marks.whiteouts.add(self._marks.keep(_join(parent, hidden)))
 
+    def _mark_made(self, path: bytes) -> None:
+        self._marks.made.add(self._marks.keep(path))
+
     def _check_owner(self, member: Member) -> None:
         if self._owners and max(member.uid, member.gid) >= MIN_UID_RANGE:
             raise LayerError(
@@ -306,6 +315,9 @@ class Unpacker:
         # The deepest first: a directory may get a mode that keeps an ordinary user out of it.
         for path in sorted(self._marks.directories, key=_depth, reverse=True):
             self._dress_directory(path, self._marks.directories[path])
+        self._done.implied = sorted(self._marks.made - self._marks.directories.keys())
+        if len(self._done.implied) > _MAX_IMPLIED:
+            raise LayerError(f"it has more than {_MAX_IMPLIED} directories that it does not list")
 
     def _make_opaque(self, path: bytes) -> None:
         fd = self._tree.open(path, make=True)

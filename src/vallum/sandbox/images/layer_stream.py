@@ -47,11 +47,18 @@ class Reader(Protocol):
 class _Counted:
     """What is read, counted and digested."""
 
-    def __init__(self, source: Reader) -> None:
+    def __init__(self, source: Reader, *, same_as: _Counted | None = None) -> None:
+        """``same_as``: these bytes are that one's, which digests them."""
         self._source = source
         self._held = b""
+        self._same_as = same_as
+        self._hash = hashlib.sha256()
         self.count = 0
-        self.digest = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        """Of everything so far."""
+        return self._same_as.digest if self._same_as is not None else f"sha256:{self._hash.hexdigest()}"
 
     def peek(self) -> bytes:
         """The first four bytes."""
@@ -69,7 +76,8 @@ class _Counted:
     def _take(self, most: int) -> bytes:
         part = self._source.read(most)
         self.count += len(part)
-        self.digest.update(part)
+        if self._same_as is None:
+            self._hash.update(part)
         return part
 
 
@@ -147,7 +155,7 @@ class LayerStream:
             inner = _Gunzip(self._raw)
         elif first == _ZSTD or (first[1:] == _SKIPPABLE and first[0] & 0xF0 == 0x50):
             inner = _Unzstd(self._raw)
-        self._plain = _Counted(inner)
+        self._plain = _Counted(inner, same_as=self._raw if inner is self._raw else None)
         self._buffer = b""
         self._at = 0
 
@@ -182,7 +190,7 @@ class LayerStream:
         while self._raw.read():  # after the last frame
             pass
         return (
-            f"sha256:{self._raw.digest.hexdigest()}",
-            f"sha256:{self._plain.digest.hexdigest()}",
+            self._raw.digest,
+            self._plain.digest,
             self._raw.count,
         )

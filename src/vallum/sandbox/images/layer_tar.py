@@ -177,8 +177,9 @@ def check_sum(header: bytes) -> None:
     """
     stated = _parse_number(header[148:156], "checksum")
     blanked = header[:148] + b" " * 8 + header[156:]
+    total = sum(blanked)
     # Some old writers summed signed bytes.
-    if stated not in (sum(blanked), sum(byte - 256 if byte > 127 else byte for byte in blanked)):
+    if stated != total and stated != total - 256 * sum(byte > 127 for byte in blanked):
         raise LayerError("it is not a tar archive, or a header of it is damaged")
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from vallum.core.errors import InvalidInput
 from vallum.core.text import show
 from vallum.sandbox.base import Image, Layer
@@ -32,6 +34,10 @@ from vallum.sandbox.images.oci_spec import (
 )
 from vallum.sandbox.images.pull import Pulled, parse_name, pull
 from vallum.sandbox.images.store import LayerRef, Store, hash_bytes
+
+_MOST_PREPARED = 256
+_prepared: dict[tuple[str, bool, str], Image] = {}
+"""Images that this process has prepared: what their digest names does not change."""
 
 KINDS = ("oci", "oci-archive", "docker-archive", "docker")
 """Kinds of reference that :func:`resolve_oci` takes."""
@@ -173,15 +179,15 @@ def open_docker_archive(path: Path, tag: str | None, what: str) -> Bundle:
 def _resolve_pulled(ref: str, text: str, what: str, store: Store) -> Image:
     """An image of a registry: from the store when it was pulled before, else pulled."""
     name = parse_name(text, what)
-    with store.lock("pull-" + hash_bytes(name.full.encode()).removeprefix("sha256:")):
+    with store.hold_pull(name.full) as place:
         digest = store.read_ref(name.full)
         if digest is not None and (bundle := _open_kept(digest, what, store)) is not None:
             return _unpack(ref, bundle, store)
         # What the name stood for is pulled again if its layers were deleted, not what it stands for by now.
-        with pull(name if digest is None else name.pinned(digest), what, store) as pulled:
-            bundle = open_manifest(pulled.source, Descriptor(pulled.digest, 0), what)
-            image = _unpack(ref, bundle, store)
-            _keep(pulled, name.full, what, store)
+        pulled = pull(name if digest is None else name.pinned(digest), place, what, store)
+        bundle = open_manifest(pulled.source, Descriptor(pulled.digest, 0), what)
+        image = _unpack(ref, bundle, store)
+        _keep(pulled, name.full, what, store)
         return image
 
 
@@ -208,6 +214,17 @@ def _open_kept(digest: str, what: str, store: Store) -> Bundle | None:
 
 
 def _unpack(ref: str, bundle: Bundle, store: Store) -> Image:
+    key = (str(store.directory), store.owners, bundle.digest)
+    known = _prepared.get(key)
+    if known is not None and all(Path(lower).is_dir() for lower in known.layers[0].lowers):
+        return msgspec.structs.replace(known, ref=ref)
+    if len(_prepared) >= _MOST_PREPARED:
+        _prepared.clear()
+    image = _prepared[key] = _unpack_all(ref, bundle, store)
+    return image
+
+
+def _unpack_all(ref: str, bundle: Bundle, store: Store) -> Image:
     lowers: list[Path] = []
     for layer in bundle.layers:
         store.check_stop()

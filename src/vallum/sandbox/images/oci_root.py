@@ -9,24 +9,19 @@ configuration names that is not in it is said when a command starts.
 
 from __future__ import annotations
 
-import errno
-import os
 import posixpath
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vallum.core.text import keep
 from vallum.sandbox.images import accounts
-from vallum.sandbox.images.beneath import NO_WAY, Beneath
-from vallum.sandbox.images.layer import OPAQUE
+from vallum.sandbox.images.layer_view import LayerView
 from vallum.sandbox.images.oci_spec import Config, Process, parse_environ
 from vallum.sandbox.images.skeleton import Entry, Tree, add_parents, make_dir, make_file, materialise
 from vallum.sandbox.images.store import Store
 
 HOSTNAME = "cell"
-_MAX_ACCOUNTS_BYTES = 1 << 20
 _AGENT = str(accounts.AGENT_ID)
 
 
@@ -50,10 +45,13 @@ def make_image(ref: str, digest: str, config: Config, lowers: Sequence[Path], st
     process = config.config or Process()
     workdir = posixpath.normpath("/" + (process.working_dir or "").lstrip("/"))
     environ = {"PATH": accounts.PATH, "LANG": "C.UTF-8", **parse_environ(process.env or ())}
-    passwd = _read_text(lowers, "etc/passwd")
-    group = _read_text(lowers, "etc/group")
+    view = LayerView([(layer, store.read_implied(layer)) for layer in lowers])
+    passwd, group = view.read_text("etc/passwd"), view.read_text("etc/group")
     tree = make_tree()
-    add_workdir(tree, workdir, lowers)
+    if workdir != "/" and view.find(workdir[1:]) is None:
+        add_directory(tree, workdir[1:], view)
+    for path in view.list_implied(store.check_stop):
+        add_directory(tree, path, view)
     if store.owners:
         user = choose_user(process.user or "", passwd, group)
     else:
@@ -78,23 +76,27 @@ def make_tree() -> Tree:
     }
 
 
-def add_workdir(tree: Tree, workdir: str, lowers: Sequence[Path]) -> None:
-    """Make the directory that commands start in, if the image has none; what it has keeps owner and mode."""
-    missing: Tree = {}
-    path = ""
-    for part in workdir.split("/")[1:]:
-        path = f"{path}/{part}".lstrip("/")
-        if not part or path in tree:
+def add_directory(tree: Tree, path: str, view: LayerView) -> None:
+    """Put a directory of the image, or one that it lacks, on top: with the owners and modes that it has there.
+
+    What the tree has stays; a way through something that is no directory is left to the image.
+    """
+    ways: Tree = {}
+    parts = path.split("/")
+    for depth in range(1, len(parts) + 1):
+        way = "/".join(parts[:depth])
+        if way in tree and tree[way].kind != "dir":
+            return
+        if way in tree:
             continue
-        found = find(lowers, path)
+        found = view.find(way)
         if found is None:
-            missing[path] = make_dir()
+            ways[way] = make_dir()
         elif not stat.S_ISDIR(found.mode):
             return  # a link, perhaps to a directory: only the cell can tell
         else:
-            missing[path] = Entry(kind="dir", mode=stat.S_IMODE(found.mode), uid=found.uid, gid=found.gid)
-    if missing and find(lowers, path) is None:
-        tree.update(missing)
+            ways[way] = Entry(kind="dir", mode=stat.S_IMODE(found.mode), uid=found.uid, gid=found.gid)
+    tree.update(ways)
 
 
 def choose_user(wanted: str, passwd: str, group: str) -> str:
@@ -129,87 +131,3 @@ def _find_line(text: str, name: str) -> list[str] | None:
 
 def _end_line(text: str) -> str:
     return text if text.endswith("\n") else text + "\n"
-
-
-# ---------------------------------------------------------------------- looking at the layers as overlay shows them
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a path is."""
-
-    layer: Path
-    mode: int
-    uid: int
-    gid: int
-
-
-def find(lowers: Sequence[Path], path: str) -> Found | None:
-    """What overlay shows at a path (layers the uppermost first); None for nothing, and for what lies behind a link.
-
-    Raises:
-        OSError: the layers cannot be read.
-    """
-    parts = os.fsencode(path).split(b"/")
-    for layer in lowers:
-        found, is_last = _find_in(layer, parts)
-        if found is not None or is_last:
-            return found
-    return None
-
-
-def _find_in(layer: Path, parts: list[bytes]) -> tuple[Found | None, bool]:
-    """(what one layer has there, whether nothing below it counts)."""
-    tree = Beneath(layer, lambda: None)
-    hides = False
-    try:
-        for depth, part in enumerate(parts):
-            above = tree.open(b"/".join(parts[:depth]), make=False)
-            try:
-                hides = hides or (depth > 0 and _is_opaque(above))
-                found = os.stat(part, dir_fd=above, follow_symlinks=False)
-            finally:
-                os.close(above)
-            if stat.S_ISCHR(found.st_mode):
-                return None, True  # a whiteout
-            if depth + 1 == len(parts):
-                return Found(layer, found.st_mode, found.st_uid, found.st_gid), True
-            if not stat.S_ISDIR(found.st_mode):
-                return None, True
-    except FileNotFoundError:
-        return None, hides
-    except PermissionError:
-        return None, True  # as an ordinary user: a directory that the image closed to its owner
-    finally:
-        tree.close()
-    return None, hides
-
-
-def _is_opaque(fd: int) -> bool:
-    try:
-        return os.getxattr(fd, OPAQUE) == b"y"
-    except OSError:
-        return False
-
-
-def _read_text(lowers: Sequence[Path], path: str) -> str:
-    """A small file of the image; empty when there is none, or none that can be read without following a link."""
-    found = find(lowers, path)
-    if found is None or not stat.S_ISREG(found.mode):
-        return ""
-    parent, _, name = path.rpartition("/")
-    tree = Beneath(found.layer, lambda: None)
-    try:
-        above = tree.open(os.fsencode(parent), make=False)
-        try:
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
-        finally:
-            os.close(above)
-        with os.fdopen(fd, "rb") as file:
-            return keep(file.read(_MAX_ACCOUNTS_BYTES)).replace("\0", "")
-    except OSError as error:
-        if error.errno in (*NO_WAY, errno.EACCES):
-            return ""
-        raise
-    finally:
-        tree.close()

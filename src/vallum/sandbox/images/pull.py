@@ -18,13 +18,12 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vallum.core.errors import InvalidInput, SandboxError
 from vallum.core.text import keep, show
-from vallum.sandbox.images.beneath import remove_tree
 from vallum.sandbox.images.oci_source import Directory
 from vallum.sandbox.images.oci_spec import (
     MAX_JSON_BYTES,
@@ -77,7 +76,7 @@ _TROUBLES: tuple[tuple[str, type[InvalidInput | SandboxError], str], ...] = (
     (
         r"x509|certificate|server gave HTTP response to HTTPS client|tls:",
         SandboxError,
-        "the registry cannot be trusted (its certificate is not valid here); see containers-certs.d(5)",
+        "the registry cannot be trusted: no TLS, or a certificate that is not valid here; see containers-certs.d(5) and containers-registries.conf(5)",
     ),
     (
         r"connection (refused|reset)|no such host|timeout|deadline exceeded|unreachable|no route to host|EOF|dial tcp|misbehaving",
@@ -147,9 +146,8 @@ def parse_name(text: str, what: str) -> Name:
     return Name(repository=repository, tag=match["tag"], digest=match["digest"])
 
 
-@contextlib.contextmanager
-def pull(name: Name, what: str, store: Store) -> Iterator[Pulled]:
-    """Fetch an image for as long as the block lasts.
+def pull(name: Name, place: Path, what: str, store: Store) -> Pulled:
+    """Fetch an image into ``place``, an empty directory of ours.
 
     Raises:
         InvalidInput: the registry has no such image, or it is not for this machine, or not what was asked for.
@@ -160,22 +158,13 @@ def pull(name: Name, what: str, store: Store) -> Iterator[Pulled]:
         raise SandboxError(
             f"{what} cannot be pulled: skopeo is not installed; install it (Debian, Ubuntu: apt-get install skopeo; Fedora: dnf install skopeo)"
         )
-    directory = store.directory / "pulls"
     with store.explained():
-        directory.mkdir(mode=0o700, exist_ok=True)
-        place = directory / hash_bytes(name.full.encode()).removeprefix("sha256:")
-        # The lock on this name is held: whoever left something here is gone.
-        remove_tree(os.fsencode(place))
-        place.mkdir(mode=0o700)
+        store.sweep()
         (place / "tmp").mkdir(mode=0o700)
-    try:
-        skopeo = _Skopeo(program, place, what, store)
-        digest, manifest = skopeo.look(name)
-        skopeo.fetch(name.pinned(digest), digest, manifest)
-        yield Pulled(digest, Directory(place / "image", what, blobs=""))
-    finally:
-        with store.explained():
-            remove_tree(os.fsencode(place))
+    skopeo = _Skopeo(program, place, what, store)
+    digest, manifest = skopeo.look(name)
+    skopeo.fetch(name.pinned(digest), digest, manifest)
+    return Pulled(digest, Directory(place / "image", what, blobs=""))
 
 
 class _Skopeo:
@@ -229,7 +218,11 @@ class _Skopeo:
         environ = {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {
             "TMPDIR": str(self._place / "tmp")
         }
-        with tempfile.TemporaryFile(dir=self._place) as out, tempfile.TemporaryFile(dir=self._place) as err:
+        with (
+            self._store.explained(),
+            tempfile.TemporaryFile(dir=self._place) as out,
+            tempfile.TemporaryFile(dir=self._place) as err,
+        ):
             process = subprocess.Popen(
                 [self._program, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environ,
                 cwd=self._place, start_new_session=True,

@@ -2,9 +2,11 @@
 
     layers/sha256-<hex>         a layer by the digest of its plain archive (diff id), owners as in the image
     layers/sha256-<hex>-mine    the same, made by an ordinary user: all of it is that user's
+    layers/....implied          directories that a layer does not list (it goes with the layer)
     layers/.new-...             being made; removed when its maker is gone
     blobs/sha256/<hex>          manifests and configurations of pulled images
     refs/<hex>                  what a pulled name stood for
+    pulls/<hex>                 a pull under way
     locks/...                   never deleted: two processes could otherwise hold "the same" lock
 
 Covered: several processes at once (``flock``), a crash at any moment (a layer has its name only when all of it is on
@@ -26,11 +28,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from vallum.core.errors import InvalidInput, SandboxError
 from vallum.core.text import show
 from vallum.sandbox.images.beneath import remove_tree
-from vallum.sandbox.images.layer import Unpacker
+from vallum.sandbox.images.layer import Unpacked, Unpacker
 from vallum.sandbox.images.layer_stream import LayerLimits, LayerStream
 from vallum.sandbox.images.layer_tar import LayerError
 from vallum.sandbox.images.oci_source import Source, read_all
@@ -39,7 +42,10 @@ from vallum.sandbox.images.syncfs_priv import sync_file_system
 log = logging.getLogger(__name__)
 
 _NEW = ".new-"
+_PULL = "pull-"
 _LOOK_EVERY_S = 0.05
+_FORGOTTEN_S = 3600.0
+"""A small file that takes longer to write is nobody's any more."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Store:
         self._limits = limits
         self.stop = stop or threading.Event()
         with self.explained():
-            for name in ("layers", "locks", "blobs", "blobs/sha256", "refs"):
+            for name in ("layers", "locks", "pulls", "blobs", "blobs/sha256", "refs"):
                 (directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @contextlib.contextmanager
@@ -125,20 +131,23 @@ class Store:
                 return final
             self.sweep()
             began = time.monotonic()
-            temporary = final.with_name(_NEW + final.name)
+            temporary, implied = final.with_name(_NEW + final.name), self._find_implied(final)
             remove_tree(os.fsencode(temporary))
             temporary.mkdir(mode=0o700)
             try:
-                self._fill(temporary, layer, source, what)
+                done = self._fill(temporary, layer, source, what)
+                # Before the layer has its name: nobody reads this until then.
+                _write_durably(implied, b"\0".join(done.implied), "wb")
                 temporary.rename(final)
                 _sync_directory(final.parent)
             except BaseException:
                 remove_tree(os.fsencode(temporary))
+                implied.unlink(missing_ok=True)
                 raise
         log.info("layer %s of %s unpacked in %.1f s", layer.diff_id[:19], show(what), time.monotonic() - began)
         return final
 
-    def _fill(self, target: Path, layer: LayerRef, source: Source, what: str) -> None:
+    def _fill(self, target: Path, layer: LayerRef, source: Source, what: str) -> Unpacked:
         name = layer.digest or layer.diff_id
         with source.open(layer.blob) as blob:
             unpacker = Unpacker(target, owners=self.owners, limits=self._limits, stop=self.stop)
@@ -161,6 +170,17 @@ class Store:
             sync_file_system(fd)
         finally:
             os.close(fd)
+        return done
+
+    def read_implied(self, layer: Path) -> frozenset[bytes]:
+        """Directories of an unpacked layer whose owner and mode are for the layers below to say."""
+        with self.explained():
+            data = self._find_implied(layer).read_bytes()
+        return frozenset(data.split(b"\0")) if data else frozenset()
+
+    @staticmethod
+    def _find_implied(layer: Path) -> Path:
+        return layer.with_name(layer.name + ".implied")
 
     def sweep(self) -> None:
         """Remove what makers that are gone left half-made."""
@@ -168,6 +188,14 @@ class Store:
             with self._try_lock(left.name.removeprefix(_NEW)) as is_ours:
                 if is_ours:
                     remove_tree(os.fsencode(left))
+        for left in (self.directory / "pulls").glob("*"):
+            with self._try_lock(_PULL + left.name) as is_ours:
+                if is_ours:
+                    remove_tree(os.fsencode(left))
+        for left in (*self.directory.glob("refs/" + _NEW + "*"), *self.directory.glob("blobs/sha256/" + _NEW + "*")):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _FORGOTTEN_S:
+                    left.unlink()
 
     # ------------------------------------------------------------------ locks
 
@@ -202,6 +230,25 @@ class Store:
 
     # ------------------------------------------------------------------ pulled images
 
+    @contextlib.contextmanager
+    def hold_pull(self, name: str) -> Iterator[Path]:
+        """Be the only one that pulls ``name``; gives an empty directory, gone when the block ends.
+
+        Raises:
+            SandboxError: stopped while waiting, or the store cannot be written.
+        """
+        key = hash_bytes(name.encode()).removeprefix("sha256:")
+        place = self.directory / "pulls" / key
+        with self.lock(_PULL + key):
+            try:
+                with self.explained():
+                    remove_tree(os.fsencode(place))
+                    place.mkdir(mode=0o700)
+                yield place
+            finally:
+                with self.explained():
+                    remove_tree(os.fsencode(place))
+
     def read_blob(self, digest: str) -> bytes | None:
         """A kept manifest or configuration; None when there is none of that digest that is still what it was."""
         try:
@@ -232,10 +279,7 @@ class Store:
         temporary = path.with_name(f"{_NEW}{secrets.token_hex(8)}")
         with self.explained():
             try:
-                with temporary.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+                _write_durably(temporary, data, "xb")
                 temporary.rename(path)
                 _sync_directory(path.parent)
             finally:
@@ -245,6 +289,13 @@ class Store:
 def hash_bytes(data: bytes) -> str:
     """``sha256:...`` of some bytes."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _write_durably(path: Path, data: bytes, mode: Literal["wb", "xb"]) -> None:
+    with path.open(mode) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:
