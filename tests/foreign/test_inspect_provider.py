@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("inspect_ai", reason="Inspect AI is not installed: pip install 'vallum[inspect]'")
 
-from inspect_ai.util import OutputLimitExceededError, SandboxUserUnsupportedError  # noqa: E402
-from inspect_ai.util import SandboxUnavailableError as Unavailable  # noqa: E402
+from inspect_ai.util import OutputLimitExceededError, SandboxUserUnsupportedError
+from inspect_ai.util import SandboxUnavailableError as Unavailable
 
-from vallum.compat.inspect import VallumConfig, make_id, name_episode, name_run  # noqa: E402
-from vallum.core.errors import InvalidInput  # noqa: E402
-from vallum.core.scope import check_id  # noqa: E402
+from vallum.compat.inspect import VallumConfig, make_id, name_episode, name_run
+from vallum.core.errors import InvalidInput
+from vallum.core.scope import check_id
 
 pytestmark = [
     pytest.mark.root,
@@ -21,7 +21,9 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
-TREE = "trap '' TERM; (setsid sh -c 'trap \"\" TERM; sleep 4321 & sleep 4321' &); (sleep 4321 &); echo begun; sleep 4321"
+TREE = (
+    "trap '' TERM; (setsid sh -c 'trap \"\" TERM; sleep 4321 & sleep 4321' &); (sleep 4321 &); echo begun; sleep 4321"
+)
 
 
 async def count(sandbox_env, word: str) -> int:

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("inspect_ai", reason="Inspect AI is not installed: pip install 'vallum[inspect]'")
 
-from inspect_ai.util._sandbox import self_check  # noqa: E402
-from inspect_ai.util._sandbox.self_check import *  # noqa: E402, F403
+from inspect_ai.util._sandbox import self_check
+from inspect_ai.util._sandbox.self_check import *  # noqa: F403
 
 pytestmark = [
     pytest.mark.root,

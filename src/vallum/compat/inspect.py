@@ -92,15 +92,25 @@ def find_tool_call() -> str | None:
     wanted = current_span_id()
     if wanted is None:
         return None
-    # A tool's span begins, its event follows, and whatever it opens comes after: the last ones first, from our span upwards.
-    for event in reversed(transcript().history.resident_events):
-        if isinstance(event, ToolEvent) and event.span_id == wanted:
-            return event.id
-        if isinstance(event, SpanBeginEvent) and event.id == wanted:
-            wanted = event.parent_id
-            if wanted is None:
-                return None
+    events = transcript().history.resident_events
+    for at in range(len(events) - 1, -1, -1):  # from the latest, and from our span upwards
+        event = events[at]
+        if not isinstance(event, SpanBeginEvent) or event.id != wanted:
+            continue
+        if event.type == "tool":
+            return next(
+                (call.id for call in events[at + 1 :] if isinstance(call, ToolEvent) and _is_call_of(call, event)), None
+            )
+        wanted = event.parent_id
+        if wanted is None:
+            return None
     return None
+
+
+def _is_call_of(event: ToolEvent, span: SpanBeginEvent) -> bool:
+    """Whether ``event``, the first such after ``span``, is the call that the span was opened for: Inspect makes the event
+    before the span (so it carries the outer one) and writes it just after the span's beginning."""
+    return event.function == span.name and event.span_id == span.parent_id
 
 
 class _Share:
