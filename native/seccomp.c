@@ -126,13 +126,16 @@ static void look_at_arguments(void) {
 
     /* A core limit of 0 would bring the host's core handler back (see drop_everything()): say yes and do nothing. */
     jump = call_begin(__NR_prlimit64);
-    load_arg(1);
-    skip_unless(4, 5); /* RLIMIT_CORE; a null pointer only asks */
     load_arg(2);
-    skip_unless(0, 2);
+    skip_unless(0, 3); /* a null pointer only asks */
     load(offsetof(struct seccomp_data, args) + 8 * 2 + 4);
+    skip_unless(0, 1);
+    ret(ALLOW);
+    load_arg(0);
     op(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, 0);
-    ret(DENY(0));
+    ret(DENY(EPERM)); /* another process: in a rootless cell PID 1 and its keepers are of the guest's user */
+    load_arg(1);
+    ret_if(4, DENY(0)); /* RLIMIT_CORE */
     ret(ALLOW);
     call_end(jump);
 

@@ -12,11 +12,14 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from vallum.arena.attacks import battery
+from vallum.arena.attacks.base import Outcome
 from vallum.arena.attempts import CONTROLS, PROGRAM
 from vallum.client.face import Node
 from vallum.client.places import Places
 from vallum.core.errors import VallumError
 from vallum.core.text import show
+from vallum.sandbox.ns.controls import ESSENTIAL
 
 COLOURS = {"enforced": "green", "degraded": "yellow", "missing": "red"}
 EXIT_CODES = {"enforced": 0, "degraded": 1, "missing": 3}
@@ -24,29 +27,63 @@ EXIT_CODES = {"enforced": 0, "degraded": 1, "missing": 3}
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--attack", is_flag=True, help="Then run the battery of escapes against real cells (about two minutes).")
 @click.pass_obj
-def doctor(places: Places, as_json: bool) -> None:
+def doctor(places: Places, as_json: bool, attack: bool) -> None:
     """Attempt every control in a real cell and say: enforced, degraded or missing, why, and what to do.
 
     \b
-    Exit codes: 0 everything is enforced, 1 something is degraded, 3 something is missing.
+    Exit codes: 0 everything is enforced, 1 something is degraded or an optional control is missing,
+    3 a control is missing that no cell can do without, or an escape of the battery did not fail.
     """
-    controls = asyncio.run(_examine(places))
-    worst = max((control["state"] for control in controls), key=lambda state: EXIT_CODES[state])
+    controls, outcomes = asyncio.run(_examine(places, attack=attack, quiet=as_json))
+    worst = judge(controls, outcomes)
     if as_json:
-        click.echo(msgspec.json.encode({"state": worst, "controls": controls}).decode())
+        found: dict[str, Any] = {"state": worst, "controls": controls}
+        if attack:
+            found["attack"] = {"held": all(o.held for o in outcomes), "outcomes": outcomes}
+        click.echo(msgspec.json.encode(found).decode())
     else:
         _print(controls, worst)
     sys.exit(EXIT_CODES[worst])
 
 
-async def _examine(places: Places) -> list[dict[str, Any]]:
+def judge(controls: list[dict[str, Any]], outcomes: list[Outcome]) -> str:
+    """The worst that was found: what is essential must be there, what is optional only lowers. Pure."""
+    states = ["degraded" if c["state"] == "missing" and not c["essential"] else c["state"] for c in controls]
+    states += [] if all(outcome.held for outcome in outcomes) else ["missing"]
+    return max(states, key=lambda state: EXIT_CODES[state])
+
+
+async def _examine(places: Places, *, attack: bool, quiet: bool) -> tuple[list[dict[str, Any]], list[Outcome]]:
+    outcomes: list[Outcome] = []
     try:
         async with Node(places=places) as node:
             controls = [_from_tier(name, word) for name, word in sorted(node.tiers.items())]
-            return controls + await _attempt_all(node)
+            controls += [{**control, "essential": True} for control in await _attempt_all(node)]
+            if attack:
+                outcomes = await _attack(node, quiet=quiet)
+            return controls, outcomes
     except VallumError as error:
-        return [{"control": "cell", "state": "missing", "detail": str(error), "remedy": "see the sentence above"}]
+        missing = {"control": "cell", "state": "missing", "detail": str(error), "remedy": "see the sentence above"}
+        return [{**missing, "essential": True}], outcomes
+
+
+async def _attack(node: Node, *, quiet: bool) -> list[Outcome]:
+    """The battery, with a line for each family as it ends, and one for each escape that did not fail."""
+    console = Console(quiet=quiet)
+    outcomes: list[Outcome] = []
+    for actor in battery.choose_actors(node.tiers):
+        for family in battery.FAMILIES:
+            found = [outcome async for outcome in battery.attack(node, [family], [actor])]
+            outcomes += found
+            broken = [outcome for outcome in found if not outcome.held]
+            word = f"[red]{len(broken)} did not hold[/]" if broken else "[green]held[/]"
+            console.print(f"  {actor.name:6} {family.name:24} {len(found):4} attempts: {word}")
+            for outcome in broken:
+                console.print(f"         {outcome.name}: {outcome.detail}", markup=False)
+    console.print(f"\n{len(outcomes)} attempts, {sum(not outcome.held for outcome in outcomes)} did not hold\n")
+    return outcomes
 
 
 async def _attempt_all(node: Node) -> list[dict[str, Any]]:
@@ -98,6 +135,7 @@ def _from_tier(name: str, word: str) -> dict[str, Any]:
     detail, _, remedy = rest.partition(";")
     return {
         "control": name,
+        "essential": name in {essential for essential, _, _ in ESSENTIAL},
         "state": state if state in EXIT_CODES else "missing",
         "detail": detail.strip(),
         "remedy": remedy.strip(),
