@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from vallum.core.limits import Limits
-from vallum.sandbox.base import Cell, CellSpec, Image
+from vallum.sandbox.base import Cell, CellSpec, GuestRoot, Image
 from vallum.sandbox.cgroup.detect import find_driver
 from vallum.sandbox.images.resolve import resolve
 from vallum.sandbox.ns.backend import NsBackend
@@ -34,11 +34,16 @@ async def open_backend(home: Path, *, with_range: bool = True, with_groups: bool
 
 
 def make_spec(
-    home: Path, *, limits: Limits = NO_LIMITS, rootless: bool = False, image: Image | None = None
+    home: Path,
+    *,
+    limits: Limits = NO_LIMITS,
+    rootless: bool = False,
+    image: Image | None = None,
+    root: GuestRoot = "plain",
 ) -> CellSpec:
     """A cell of the host's own tree, or of ``image``."""
     image = image or resolve("host", images_dir=home / "images", rootless=rootless or os.geteuid() != 0)
-    return CellSpec(id=f"t{secrets.token_hex(5)}", image=image, limits=limits)
+    return CellSpec(id=f"t{secrets.token_hex(5)}", image=image, limits=limits, root=root)
 
 
 @asynccontextmanager
@@ -49,10 +54,11 @@ async def open_cell(
     with_groups: bool = True,
     limits: Limits = NO_LIMITS,
     image: Image | None = None,
+    root: GuestRoot = "plain",
 ) -> AsyncIterator[Cell]:
     """One cell of a backend of its own."""
     async with open_backend(home, with_range=with_range, with_groups=with_groups) as backend:
-        cell = await backend.create(make_spec(home, rootless=not with_range, limits=limits, image=image))
+        cell = await backend.create(make_spec(home, rootless=not with_range, limits=limits, image=image, root=root))
         try:
             yield cell
         finally:

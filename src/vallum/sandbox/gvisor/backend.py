@@ -11,12 +11,13 @@ Covered: see native/runtime.c, native/guest.c, bundle.py. Not covered: quotas of
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from pathlib import Path
 
 import msgspec
 
-from vallum.core.errors import ControlMissing, SandboxError
+from vallum.core.errors import ControlMissing, GuestFileError, SandboxError
 from vallum.core.limits import Limits
 from vallum.sandbox.base import Cell, CellSpec, Doors, Image, Layer
 from vallum.sandbox.cgroup.base import Driver
@@ -30,6 +31,8 @@ from vallum.sandbox.ns.channel import close_all
 from vallum.sandbox.ns.explain import explain_build
 
 START_WITHIN_S = 20.0
+PRELOAD = "vallum-statx.so"
+"""Beside the binary; what it is for says native/preload/statx.c."""
 KERNEL_THREADS = 192
 """Threads that runsc itself may need beyond the processes of the guest: the limit ``pids`` is raised by so many."""
 _DOOR_TRACE, _DOOR_LOG = 64, 128
@@ -138,10 +141,18 @@ class GvisorBackend(NsBackend):
         self._cells[spec.id] = cell
         try:
             await cell.until_ready(START_WITHIN_S)
+            if cell.refuses_automount:
+                await self._lend_preload(cell)
         except BaseException:
             await asyncio.shield(cell.close())
             raise
         return cell
+
+    async def _lend_preload(self, cell: GvisorCell) -> None:
+        """Before the first command. An image without a writable /etc goes without."""
+        if (self._binary.parent / PRELOAD).is_file():
+            with contextlib.suppress(GuestFileError):
+                await cell.write_file("/etc/ld.so.preload", f"{bundle.GUEST_DIR}/{PRELOAD}\n".encode(), user="0")
 
 
 def leave_room(limits: Limits) -> Limits:

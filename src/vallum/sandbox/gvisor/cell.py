@@ -9,8 +9,8 @@ Covered: reports are taken before an answer is given that depends on them. Not c
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
+import signal
 import socket
 import struct
 from collections.abc import Awaitable, Callable
@@ -56,6 +56,8 @@ class GvisorCell(NsCell):
         clean_up: Callable[[NsCell], Awaitable[None]],
     ) -> None:
         """Made by :class:`vallum.sandbox.gvisor.backend.GvisorBackend` only. ``log_fd``: what the runtime said."""
+        self.refuses_automount = False
+        """Whether programs need :data:`vallum.sandbox.gvisor.backend.PRELOAD`."""
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._log_fd = log_fd
         self._listener: TraceListener | None = None
@@ -176,6 +178,7 @@ class GvisorCell(NsCell):
         if command.pty:
             child = GvisorChild(job.pid, ours[0], ours[0], None, ours[1:], job=job)
             child.sizes = streams.sizes
+            job.ended.add_done_callback(lambda _: streams.close_sizes())
             return child
         return GvisorChild(job.pid, ours[0], ours[1], ours[2], ours[3:], job=job)
 
@@ -215,6 +218,7 @@ class GvisorCell(NsCell):
         """The kernel's word for the sender is the runtime on the host; PID 1 says the id in the cell."""
         if message.op == wire.E_HELLO and message.id == 0:
             close_all(fds)
+            self.refuses_automount = bool(message.b)
             if not self._ready.done():
                 self._ready.set_result(None)
             return
@@ -266,6 +270,14 @@ class GvisorCell(NsCell):
         if reader is not None:
             reader.drain()
             reader.close()
+            self._bury()
+
+    def _bury(self) -> None:
+        """With the kernel every process has ended, whether it could still say so or not."""
+        for pid in self._traced.lineage.pids():
+            if self._listener is not None:
+                self._listener.exited(pid, signal.SIGKILL)
+            self._traced.lineage.end(pid)
 
 
 class _Streams:
@@ -304,6 +316,9 @@ class _Streams:
     def close(self) -> None:
         """Close our ends."""
         close_all(self.ours)
+        self.close_sizes()
+
+    def close_sizes(self) -> None:
+        """Nobody resizes the terminal any more."""
         if self.sizes is not None:
-            with contextlib.suppress(OSError):
-                self.sizes.close()
+            self.sizes.close()

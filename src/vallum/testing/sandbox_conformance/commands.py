@@ -152,7 +152,8 @@ async def test_no_descriptor_but_the_first_three(make_cell: MakeCell) -> None:
     lines = (await python(cell, code)).text.splitlines()
     close_pipes(other)
     assert [line.split()[0] for line in lines] == ["0", "1", "2"]
-    assert all("pipe:" in line for line in lines)
+    # A kernel that is not the host's calls a pipe of the host by another name.
+    assert all("pipe:" in line or "host:" in line for line in lines)
 
 
 async def test_a_terminal(make_cell: MakeCell) -> None:

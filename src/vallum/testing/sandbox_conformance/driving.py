@@ -12,6 +12,7 @@ from typing import Protocol
 
 from vallum.core.limits import Limits
 from vallum.sandbox.base import Cell, Child, Command, Exit
+from vallum.sandbox.traced import TracedCell
 
 
 class MakeCell(Protocol):
@@ -146,6 +147,11 @@ async def become(check: Callable[[], bool], timeout_s: float = 5.0) -> bool:
             return True
         await asyncio.sleep(0.01)
     return check()
+
+
+def lives(cell: Cell, pid: int) -> bool:
+    """Whether a process of ``cell`` runs; its numbers are the host's, or the cell's own where its kernel is another."""
+    return pid in cell.pids() if isinstance(cell, TracedCell) else is_alive(pid)
 
 
 def is_alive(pid: int) -> bool:

@@ -15,6 +15,7 @@ from vallum.testing.sandbox_conformance.driving import (
     become,
     close_pipes,
     is_alive,
+    lives,
     python,
     read_until,
     sh,
@@ -87,10 +88,10 @@ async def test_kill_ends_a_stubborn_tree_in_time(make_cell: MakeCell) -> None:
     begin = time.monotonic()
     assert await cell.kill_step(0) >= 24
     took_s = time.monotonic() - begin
-    assert not [pid for pid in pids if is_alive(pid)]
+    assert not [pid for pid in pids if lives(cell, pid)]
     assert took_s < KILL_WITHIN_S
     assert cell.pids(0) == []
-    assert is_alive(other.pid)
+    assert lives(cell, other.pid)
     assert (await cell.wait(child)).signal == 9
     assert (await sh(cell, "echo on", step=2)).text == "on"
     close_pipes(child)
@@ -139,8 +140,8 @@ async def test_a_spared_shell_survives_and_moves_on(make_cell: MakeCell) -> None
     assert cell.step_of_pid(shell.pid)[0] == 1
     assert len([pid for pid in cell.pids(1) if pid != shell.pid]) == 1
     await cell.kill_step(1, spare=shell)
-    assert is_alive(shell.pid)
-    assert is_alive(old[0])
+    assert lives(cell, shell.pid)
+    assert lives(cell, old[0])
     await cell.open_step(2)
     await cell.move(shell, step=2)
     await write_all(shell.stdin, b"echo three\n", close=False)
@@ -167,7 +168,7 @@ async def test_freeze_and_thaw(make_cell: MakeCell) -> None:
     assert await size() > before
     await cell.freeze(step=0)
     await cell.kill_step(0)
-    assert not is_alive(child.pid)
+    assert not lives(cell, child.pid)
     close_pipes(child)
 
 
