@@ -139,7 +139,8 @@ class Node:
         """A cell: ``async with node.sandbox(...) as sb`` or ``sb = await node.sandbox(...)``.
 
         Args:
-            image: ``host`` (curated tree of this machine) or ``dir:/path``.
+            image: ``host`` (curated tree of this machine), ``dir:/path``, ``oci:/layout[:tag]``, ``oci-archive:/file``,
+                ``docker-archive:/file`` or ``docker://name`` (see ``docs/images.md``).
             containment: ``locked`` (no network at all), ``standard`` (only what is granted; the default), ``research``
                 (any public host over HTTP and TLS).
             allow: grants ``HOST[:PORT]``, ``*.HOST[:PORT]``, ``ADDRESS[:PORT]`` or ``CIDR[:PORT]``.
