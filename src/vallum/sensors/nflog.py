@@ -32,7 +32,9 @@ NFULNL_PACKET = 4 << 8
 _PAYLOAD, _UID = 9, 11
 _BATCH = 256
 _WINDOW_S = 1.0
-MAX_KINDS = 1024
+_REST = 4
+"""Rest after a full batch, in lengths of the time that it took: a flood is the flooding cell's, not the node's, to bear."""
+MAX_KINDS = 256
 """Different (protocol, destination, port) per second that are kept apart."""
 MAX_ASKED = 32
 """Kinds per second whose socket is looked for (a millisecond each); the rest is charged to the cell."""
@@ -156,6 +158,7 @@ class NflogReader:
         self._kinds: dict[tuple[str, str, int | None, int | None, int | None], _Kind] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._pause: asyncio.TimerHandle | None = None
         self._told_dropped = 0
         self._asked = 0
         self.dropped = 0
@@ -166,7 +169,7 @@ class NflogReader:
         """Begin to read on the running loop."""
         self._socket.setblocking(False)
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._socket, self._read)
+        self._loop.add_reader(self._socket, self._read_some)
         self._status("watching", "packets that are neither TCP nor DNS")
 
     def stop(self) -> None:
@@ -182,6 +185,9 @@ class NflogReader:
             self._timer = None
 
     def _let_go(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
         if self._loop is not None:
             self._loop.remove_reader(self._socket)
             self._loop = None
@@ -196,14 +202,26 @@ class NflogReader:
                 self._timer.cancel()
             self._flush()
 
-    def _read(self) -> None:
+    def _read_some(self) -> None:
+        began_ns = mono_ns()
+        if self._read() and self._loop is not None:
+            self._loop.remove_reader(self._socket)
+            self._pause = self._loop.call_later(_REST * (mono_ns() - began_ns) / 1e9, self._go_on)
+
+    def _go_on(self) -> None:
+        self._pause = None
+        if self._loop is not None:
+            self._loop.add_reader(self._socket, self._read_some)
+
+    def _read(self) -> bool:
+        """Take at most a batch; whether there may be more."""
         for _ in range(_BATCH):
             if self._loop is None:
-                return
+                return False
             try:
                 data, (port, _) = self._socket.recvfrom(65536)
             except BlockingIOError:
-                return
+                return False
             except OSError as error:
                 if error.errno == errno.ENOBUFS:
                     self.dropped += 1
@@ -211,7 +229,7 @@ class NflogReader:
                     continue
                 self._let_go()
                 self._status("blind", f"the packet log ended: {error.strerror}")
-                return
+                return False
             if port != 0:
                 continue  # not the kernel
             try:
@@ -219,6 +237,7 @@ class NflogReader:
                     self._take(packet, uid)
             except netlink.MalformedNetlinkError:
                 self.malformed += 1
+        return True
 
     def _take(self, packet: Packet, uid: int | None) -> None:
         scope, attribution = self._charge(packet)
