@@ -53,7 +53,13 @@ def parse_size(text: str) -> int:
     type=click.Choice(["locked", "standard", "research"]),
     help="How much is granted from the start [default: standard].",
 )
-@click.option("--image", default="host", show_default=True, metavar="REF", help="host, dir:PATH, oci:PATH, oci-archive:FILE, docker-archive:FILE or docker://NAME.")
+@click.option(
+    "--image",
+    default="host",
+    show_default=True,
+    metavar="REF",
+    help="host, dir:PATH, oci:PATH, oci-archive:FILE, docker-archive:FILE or docker://NAME.",
+)
 @click.option(
     "--mount",
     "mounts",
