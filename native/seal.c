@@ -40,6 +40,7 @@
 struct place {
     int fd;
     uint32_t base; /* the host id that its id 0 is */
+    int mode;      /* that it had before we opened it to ourselves; -1: we did not */
 };
 struct name {
     char *text;
@@ -63,9 +64,19 @@ static uint64_t entries, bytes;
 static struct link *links;
 static size_t n_links, link_room;
 static uint8_t part[PART], values[65536];
+static struct place opened[DEEPEST + 600]; /* directories to be given back their modes */
+static int n_opened;
 
 static void refuse(int err, const char *format, ...) __attribute__((noreturn, format(printf, 2, 3)));
+static void give_back(int down_to) {
+    while (n_opened > down_to) {
+        n_opened--;
+        fchmod(opened[n_opened].fd, (mode_t)opened[n_opened].mode);
+    }
+}
+
 static void refuse(int err, const char *format, ...) {
+    give_back(0);
     struct message m = {.op = L_SEALED, .id = request_id, .a = err ? err : EIO};
     va_list list;
     va_start(list, format);
@@ -83,9 +94,9 @@ static void *must(void *memory) {
 
 /* --- reading --- */
 
-/* A guest without a range of ids is our own user, so a file of it may be closed to us: open it for a moment. */
-static int open_guest(int at, const char *name, int flags, mode_t wanted) {
-    int fd = openat(at, name, flags | O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+/* A guest without a range of ids is our own user, so a file of it may be closed to us: it is opened for a moment. */
+static int open_file(int at, const char *name) {
+    int fd = openat(at, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     if (fd >= 0 || errno != EACCES || range)
         return fd;
     struct stat st;
@@ -94,12 +105,35 @@ static int open_guest(int at, const char *name, int flags, mode_t wanted) {
     if (held < 0)
         return -1;
     snprintf(proc, sizeof proc, "/proc/self/fd/%d", held);
-    if (fstat(held, &st) == 0 && !S_ISLNK(st.st_mode) && chmod(proc, (st.st_mode & 07777) | wanted) == 0) {
-        fd = openat(at, name, flags | O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    if (fstat(held, &st) == 0 && S_ISREG(st.st_mode) && chmod(proc, (st.st_mode & 07777) | 0400) == 0) {
+        fd = openat(at, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
         chmod(proc, st.st_mode & 07777);
     }
     close(held);
     return fd;
+}
+
+/* The same for a directory, which stays open to us until give_back(). */
+static struct place open_directory(int at, const char *name, uint32_t base, bool may_open) {
+    struct place place = {-1, base, -1};
+    struct stat st;
+    int held = openat(at, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (held < 0 || fstat(held, &st) < 0)
+        return place;
+    char proc[40];
+    snprintf(proc, sizeof proc, "/proc/self/fd/%d", held);
+    bool closed = may_open && !range && geteuid() != 0 && (st.st_mode & 0500) != 0500;
+    if (closed && n_opened < (int)(sizeof opened / sizeof *opened) && chmod(proc, (st.st_mode & 07777) | 0500) == 0)
+        place.mode = st.st_mode & 07777;
+    place.fd = openat(held, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int err = errno;
+    if (place.mode >= 0 && place.fd >= 0)
+        opened[n_opened++] = place;
+    else if (place.mode >= 0)
+        chmod(proc, (mode_t)place.mode);
+    close(held);
+    errno = err;
+    return place;
 }
 
 static bool is_whiteout(const struct stat *st) {
@@ -343,7 +377,7 @@ static bool link_again(const struct stat *st, int dest, const char *name) {
 static void take_file(const struct place *from, const char *name, int dest, char below) {
     struct stat st;
     char text[67] = "";
-    int fd = open_guest(from->fd, name, 0, 0400);
+    int fd = open_file(from->fd, name);
     if (fd < 0 && errno == ENOENT)
         return;
     if (fd < 0 || fstat(fd, &st) < 0)
@@ -402,8 +436,9 @@ static void take_node(const struct place *from, const char *name, const struct s
 
 static void walk(const struct place *in, int n, const struct place *under, int n_under, int dest);
 
-/* Directories `name` of the places from `first` on that are seen through each other. `hides`: what comes after is not. */
-static int open_all(const struct place *in, int first, int n, const char *name, struct place *out, bool *hides) {
+/* Directories `name` of the places from `first` on that are seen through each other. `hides`: what comes after is not.
+ * `ours`: what is sealed; of the rest, what is closed to us is passed over. */
+static int open_all(const struct place *in, int first, int n, const char *name, struct place *out, bool *hides, bool ours) {
     int count = 0;
     *hides = false;
     for (int i = first; i < n && !*hides; i++) {
@@ -413,11 +448,13 @@ static int open_all(const struct place *in, int first, int n, const char *name, 
         *hides = !S_ISDIR(st.st_mode);
         if (*hides)
             break;
-        int fd = open_guest(in[i].fd, name, O_DIRECTORY, 0500);
-        if (fd < 0)
+        struct place place = open_directory(in[i].fd, name, in[i].base, ours);
+        if (place.fd < 0 && !ours && errno == EACCES)
+            continue;
+        if (place.fd < 0)
             refuse(errno, "open the directory /%s", path);
-        *hides = is_opaque(fd);
-        out[count++] = (struct place){fd, in[i].base};
+        *hides = is_opaque(place.fd);
+        out[count++] = place;
     }
     return count;
 }
@@ -425,7 +462,7 @@ static int open_all(const struct place *in, int first, int n, const char *name, 
 static void take_directory(const struct place *in, int first, int n, const struct place *under, int n_under, const char *name, int dest, char below) {
     struct place *inside = must(malloc((size_t)(n - first + n_under + 1) * sizeof *inside));
     bool hides, ignored;
-    int count = open_all(in, first, n, name, inside, &hides), to = -1;
+    int before = n_opened, count = open_all(in, first, n, name, inside, &hides, true), to = -1;
     if (count == 0) {
         free(inside); /* gone meanwhile */
         return;
@@ -433,13 +470,15 @@ static void take_directory(const struct place *in, int first, int n, const struc
     struct stat st;
     if (fstat(inside[0].fd, &st) < 0)
         refuse(errno, "open the directory /%s", path);
+    if (inside[0].mode >= 0)
+        st.st_mode = S_IFDIR | (mode_t)inside[0].mode;
     if (++depth > DEEPEST)
         refuse(ELOOP, "take in directories nested deeper than %d, at /%.200s", DEEPEST, path);
     if (dest >= 0 && (mkdirat(dest, name, 0700) < 0 || (to = openat(dest, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)) < 0))
         refuse(errno, "write the directory /%s", path);
     list('d', &st, inside[0].base, below, hides && below != '0', "-");
     struct place *deeper = inside + count;
-    int n_deeper = hides ? 0 : open_all(under, 0, n_under, name, deeper, &ignored);
+    int n_deeper = hides ? 0 : open_all(under, 0, n_under, name, deeper, &ignored, false);
     walk(inside, count, deeper, n_deeper, to);
     if (to >= 0) {
         finish(inside[0].fd, to, &st, inside[0].base);
@@ -447,6 +486,7 @@ static void take_directory(const struct place *in, int first, int n, const struc
             refuse(errno, "write the directory /%s", path);
         close(to);
     }
+    give_back(before);
     for (int i = 0; i < count + n_deeper; i++)
         close(inside[i].fd);
     free(inside);
@@ -495,16 +535,16 @@ static void walk(const struct place *in, int n, const struct place *under, int n
     free(names);
 }
 
-static int take_places(struct payload *p, struct place *out) {
+static int take_places(struct payload *p, struct place *out, bool ours) {
     uint32_t count = take_u32(p);
     if (count > 512)
         p->bad = true;
     for (uint32_t i = 0; i < count && !p->bad; i++) {
-        out[i].base = take_u32(p);
+        uint32_t base = take_u32(p);
         const char *where = take_str(p);
         if (p->bad)
             break;
-        out[i].fd = open(where, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        out[i] = open_directory(AT_FDCWD, where, base, ours);
         if (out[i].fd < 0)
             refuse(errno, "open the layer %s", where);
     }
@@ -528,8 +568,8 @@ void seal_layer(int node, uint32_t id, int payload_fd) {
     single_id = take_u32(&p);
     to_base = take_u32(&p);
     const char *dest = take_str(&p), *list_path = take_str(&p);
-    n_sources = take_places(&p, sources);
-    n_lower = take_places(&p, lower);
+    n_sources = take_places(&p, sources, true);
+    n_lower = take_places(&p, lower, false);
     if (p.bad || n_sources < 1)
         refuse(EBADMSG, "read the request");
     if (*dest && (mkdir(dest, 0700) < 0 || (dest_root = open(dest, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)) < 0))
@@ -541,10 +581,13 @@ void seal_layer(int node, uint32_t id, int payload_fd) {
     struct stat st;
     if (fstat(sources[0].fd, &st) < 0)
         refuse(errno, "read the layer");
+    if (sources[0].mode >= 0)
+        st.st_mode = S_IFDIR | (mode_t)sources[0].mode;
     list('d', &st, sources[0].base, '=', false, "-");
     walk(sources, n_sources, lower, n_lower, dest_root);
     if (dest_root >= 0)
         finish(sources[0].fd, dest_root, &st, sources[0].base);
+    give_back(0);
     if (fclose(listing) != 0)
         refuse(errno, "write the listing");
     char text[65];

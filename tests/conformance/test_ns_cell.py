@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 pytest.register_assert_rewrite("vallum.testing.sandbox_conformance")
@@ -18,6 +19,7 @@ from vallum.sandbox.images.resolve import resolve, with_mounts  # noqa: E402
 from vallum.sandbox.ns.backend import BINARY, NsBackend  # noqa: E402
 from vallum.sandbox.uidrange import UidRanges  # noqa: E402
 from vallum.testing.sandbox_conformance import *  # noqa: E402, F403
+from vallum.testing.sandbox_conformance.sealing import *  # noqa: E402, F403
 
 IS_ROOT = os.geteuid() == 0
 ORDINARY_UID = 12345
@@ -57,6 +59,31 @@ async def make_cell(backend, home):
         image = resolve("host", images_dir=home / "images", rootless=not IS_ROOT)
         spec = CellSpec(
             id=f"t{secrets.token_hex(5)}", image=with_mounts(image, mounts), limits=limits, hostname=hostname
+        )
+        cells.append(await backend.create(spec))
+        return cells[-1]
+
+    yield make
+    for cell in cells:
+        await cell.close()
+
+
+@pytest.fixture
+async def make_fork(backend, home):
+    cells = []
+
+    async def make(sealing, directory):
+        """Over the image, or over what the cell that was sealed lay on."""
+        image = resolve("host", images_dir=home / "images", rootless=not IS_ROOT)
+        trees = {layer.at: str(directory / str(layer.number)) for layer in sealing.layers}
+        layers = [
+            msgspec.structs.replace(layer, lowers=[trees[layer.at], *layer.lowers], sealed=1)
+            if layer.at in trees
+            else layer
+            for layer in image.layers
+        ]
+        spec = CellSpec(
+            id=f"t{secrets.token_hex(5)}", image=msgspec.structs.replace(image, layers=layers), limits=NO_LIMITS
         )
         cells.append(await backend.create(spec))
         return cells[-1]
