@@ -94,7 +94,7 @@ class GvisorBackend(NsBackend):
                 return
             if self._uids is None:
                 raise ControlMissing("the level gvisor needs a range of ids for each cell: run the node as root")
-            self._runsc = await asyncio.to_thread(find_runsc)
+            self._runsc = await asyncio.to_thread(find_runsc, find_path())
             await self._open_launcher()
             reasons = []
             for platform in platforms(self._runsc.version):

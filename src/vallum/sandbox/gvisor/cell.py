@@ -310,6 +310,7 @@ class _Streams:
 
     def _add(self, *, to_guest: bool) -> None:
         reading, writing = os.pipe2(os.O_CLOEXEC)
+        os.fchmod(reading, 0o666)  # else /dev/stdin and its like cannot be opened: its owner is a user of the host
         self.ours.append(writing if to_guest else reading)
         self.theirs.append(reading if to_guest else writing)
 

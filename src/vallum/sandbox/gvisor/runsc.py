@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vallum.core.errors import ControlMissing
@@ -52,18 +53,17 @@ NEEDED = ("root", "platform", "network", "ignore-cgroups", "pod-init-config")
 """Flags without which a cell cannot be built or watched."""
 
 
-def find_path() -> str | None:
-    """Where runsc is, in fixed places first: PATH may be anybody's."""
-    return next((path for path in _FIXED if os.access(path, os.X_OK)), None) or shutil.which("runsc")
+def find_path(places: Sequence[str] = _FIXED, search: str | None = None) -> str | None:
+    """Where runsc is: in fixed places first, then along ``search`` (None: our PATH)."""
+    return next((path for path in places if os.access(path, os.X_OK)), None) or shutil.which("runsc", path=search)
 
 
-def find_runsc() -> Runsc:
-    """Ask the machine's runsc what it is (about 50 ms, blocking).
+def find_runsc(path: str | None) -> Runsc:
+    """Ask the runsc at ``path`` (None: there is none) what it is. About 50 ms, blocking.
 
     Raises:
         ControlMissing: it is not installed, does not answer, or is too old to report what its guests do.
     """
-    path = find_path()
     if path is None:
         raise ControlMissing(f"the level gvisor needs runsc, which is not installed; {REMEDY}")
     version = _VERSION.search(_ask(path, "--version"))
