@@ -4,7 +4,8 @@
  *   open the layers as detached mounts
  *   clone3 ------------------------------------------> waits
  *   write id maps, put it into its cgroups
- *   map the layers' ids; "go" ------------------------> network, staging tmpfs; "staged"
+ *   "go" --------------------------------------------> network, staging tmpfs; "staged"
+ *   map the layers' ids meanwhile
  *   enter its mount namespace, move layers in; "moved" > overlay, /proc, /dev, pivot_root, drop everything
  *   node <- pidfd, control socket, doors <------------- "ready", then serves commands
  *
@@ -317,15 +318,13 @@ void build_cell(int node, uint32_t id, int payload_fd, volatile pid_t *cell) {
     for (uint32_t i = 0; i < s.n_cgroups; i++)
         if (write_file(s.cgroups[i], text) < 0)
             fail(errno, "put the cell into its cgroup %s", s.cgroups[i]);
+    say(sync[0], 'g');
     if (!single) {
-        snprintf(text, sizeof text, "/proc/%d/ns/user", pid);
+        snprintf(text, sizeof text, "/proc/%d/ns/user", pid); /* while the cell stages */
         int userns = open(text, O_RDONLY | O_CLOEXEC);
         if (userns < 0)
             fail(errno, "open the cell's user namespace");
         map_trees(&s, &trees, userns, map_store(&s));
-    }
-    say(sync[0], 'g');
-    if (!single) {
         snprintf(text, sizeof text, "/proc/%d/ns/mnt", pid);
         int mntns = open(text, O_RDONLY | O_CLOEXEC);
         expect(sync[0], 's', NULL, NULL, NULL);

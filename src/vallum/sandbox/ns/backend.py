@@ -300,9 +300,16 @@ class NsBackend:
     async def _seal(self, cell_id: str, directory: Path, merge: bool, copy: bool) -> list[SealedLayer]:
         """Copy the writable layers of a cell; see :meth:`vallum.sandbox.base.Cell.seal`."""
         place = self._places[cell_id]
+        requests = list_requests(place.layers, place.ids, directory, merge=merge, copy=copy)
+        # All of them to their ends, also when one fails: nobody may still write when the directory is deleted.
+        answers = await asyncio.gather(
+            *(self._ask(wire.L_SEAL, request.payload, within_s=None) for request in requests), return_exceptions=True
+        )
         sealed: dict[str, SealedLayer] = {}
-        for request in list_requests(place.layers, place.ids, directory, merge=merge, copy=copy):
-            reply, fds = await self._ask(wire.L_SEAL, request.payload, within_s=None)
+        for request, answer in zip(requests, answers, strict=True):
+            if isinstance(answer, BaseException):
+                raise answer
+            reply, fds = answer
             close_all(fds)
             if reply.a:
                 raise explain_seal(reply.text, reply.a)
