@@ -40,6 +40,8 @@ DOOR_PORT = 64999
 """Where TCP is redirected to inside a cell: above every ephemeral port, so no program gets it by chance."""
 ROOTLESS_USER = (1000, 1000)
 """The one user (and group) of a rootless cell."""
+FORK_BACKSTOP = 4096
+"""Processes of a cell where no cgroup counts them and nobody gave a limit: a fork bomb must not fill the machine."""
 BUILD_WITHIN_S = 15.0
 AT_ONCE = 32
 
@@ -259,7 +261,7 @@ class NsBackend:
         group = place.group
         request = wire.encode_create(
             ids=place.ids, port=self._port, hostname=spec.hostname, layers=layers, root_owns=spec.root == "owner",
-            processes=(spec.limits.pids or 0) if group is None else 0, cgroups=group.enter_paths() if group else [],
+            processes=(spec.limits.pids or FORK_BACKSTOP) if group is None else 0, cgroups=group.enter_paths() if group else [],
         )  # fmt: skip
         reply, fds = await self._ask(wire.L_CREATE, request)
         if reply.op != wire.L_READY:
