@@ -157,6 +157,8 @@ class Node:
             InvalidInput, RuleError: an argument cannot be used.
             SandboxError, ControlMissing: the cell cannot be built here.
         """
+        if root not in ("plain", "owner"):
+            raise InvalidInput(f"root={root!r} is not usable: give 'plain' or 'owner'")
         text, rules_name = _read_rules(rules)
         request = wire.CreateSandbox(
             seq=self.connection.next_seq(),
