@@ -12,7 +12,8 @@ port, so a flow belongs to a reported connect to that target which no flow has c
 3. None: not known here; the node may still know that only one step can have done it.
 
 Covered: forks, execs and exits of every process; TCP and connected UDP, such as the C library's resolver.
-Not covered: the target of an unconnected datagram; an exec with more arguments than a datagram holds (some 200 KB), which
+Not covered: a connect that a guest lets fail on purpose leaves a report that a later flow to the same target may claim
+(rule 2 says 0.3 then); the target of an unconnected datagram; an exec with more arguments than a datagram holds (some 200 KB), which
 is counted as lost in a SensorStatus.
 """
 
@@ -29,6 +30,7 @@ from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.errors import RecordError
 from vallum.core.events import AnyEvent, Process, ProcessExited, ProcessStarted, SensorStatus
 from vallum.core.scope import BY_NODE, Attribution, Scope
+from vallum.sensors import procfs
 from vallum.sensors.base import Hooks
 
 SENSOR = "gvisor_trace"
@@ -107,7 +109,9 @@ class GvisorTrace:
         watched = self._cells.get(cell)
         if watched is None:
             return
-        process = watched.running[pid] = Process(pid=pid, exe=exe, argv=argv, uid=uid)
+        raw = "\0".join(argv).encode("utf-8", "surrogateescape")
+        kept = procfs.parse_argv(raw[: procfs.ARGV_BYTES], complete=len(raw) <= procfs.ARGV_BYTES)
+        process = watched.running[pid] = Process(pid=pid, exe=exe, argv=kept, uid=uid)
         scope, attribution = self._whose(cell, watched, pid)
         self._emit(
             cell,
