@@ -297,7 +297,7 @@ static void copy_content(int from, int to, const struct stat *st, char text[67])
     bool sparse = st->st_size - (off_t)st->st_blocks * 512 >= MANY_HOLES;
     struct sha256 sum;
     sha256_begin(&sum);
-    off_t at = 0;
+    off_t at = 0, reached = 0;
     while (at < st->st_size) {
         off_t data = lseek(from, at, SEEK_DATA);
         if (data < 0 && errno != ENXIO)
@@ -330,11 +330,11 @@ static void copy_content(int from, int to, const struct stat *st, char text[67])
                     refuse(wrote < 0 ? errno : ENOSPC, "write the copy of /%s", path);
                 put += (size_t)wrote;
             }
-            at += (off_t)size;
+            reached = at += (off_t)size;
             bytes += size;
         }
     }
-    if (to >= 0 && ftruncate(to, st->st_size) < 0)
+    if (to >= 0 && reached < st->st_size && ftruncate(to, st->st_size) < 0) /* it ends in a hole */
         refuse(errno, "write the copy of /%s", path);
     text[0] = 's';
     sha256_end(&sum, text + sparse);
