@@ -57,7 +57,7 @@ static void parse(struct spec *s, int payload_fd) {
     struct payload p = read_payload(payload_fd);
     if (!p.at)
         fail(errno, "read the request");
-    uint32_t *words[] = {&s->flags, &s->base, &s->range, &s->inner_uid, &s->inner_gid, &s->outer_uid, &s->outer_gid, &s->port, &s->nproc, &s->store};
+    uint32_t *words[] = {&s->flags, &s->base, &s->range, &s->inner_uid, &s->inner_gid, &s->outer_uid, &s->outer_gid, &s->port, &s->nproc, &s->store, &s->quota_kib, &s->quota_inodes};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         *words[i] = take_u32(&p);
     s->hostname = take_str(&p);
@@ -199,6 +199,10 @@ static void allow_inheriting(void) {
  * Returns the Landlock ABI in force, 0 where there is none. */
 static int drop_everything(const struct spec *s) {
     bool single = s->flags & SPEC_SINGLE_ID, owner = s->flags & SPEC_OWNER;
+    /* Opened while we may: the image's root need not be open to the user that PID 1 becomes. */
+    int root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC), dev = open("/dev", O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (root < 0 || dev < 0)
+        fail(errno, "open /dev of the cell");
     /* A core limit of exactly 1 makes the kernel skip the host's core handler as well (core(5), coredump.c). */
     set_limit(RLIMIT_CORE, 1);
     set_limit(RLIMIT_NOFILE, 65536);
@@ -223,7 +227,7 @@ static int drop_everything(const struct spec *s) {
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 || prctl(PR_SET_DUMPABLE, 0) < 0)
         fail(errno, "set no_new_privs");
     umask(022);
-    int landlock = install_landlock();
+    int landlock = install_landlock(root, dev);
     if (landlock < 0)
         fail(errno, "restrict the cell by Landlock");
     if (install_walls(owner) < 0)

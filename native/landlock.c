@@ -10,7 +10,6 @@
 #define _GNU_SOURCE
 #include "proto.h"
 
-#include <fcntl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -36,20 +35,12 @@ struct beneath {
     int32_t parent;
 } __attribute__((packed));
 
-static int allow(int ruleset, const char *path, uint64_t access) {
-    struct beneath rule = {.allowed = access, .parent = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC)};
-    if (rule.parent < 0)
-        return -1;
-    int result = (int)syscall(CALL_ADD_RULE, ruleset, RULE_PATH_BENEATH, &rule, 0);
-    int err = errno;
-    close(rule.parent);
-    errno = err;
-    return result;
+static int allow(int ruleset, int directory, uint64_t access) {
+    struct beneath rule = {.allowed = access, .parent = directory};
+    return (int)syscall(CALL_ADD_RULE, ruleset, RULE_PATH_BENEATH, &rule, 0);
 }
 
-/* For PID 1 and everything it starts. Preconditions: no_new_privs, the cell's tree is the root.
- * Returns the ABI that was used, 0 where there is no Landlock (or none that allows renames), -1 with errno. */
-int install_landlock(void) {
+static int restrict_self(int root, int dev) {
     int abi = (int)syscall(CALL_CREATE_RULESET, NULL, 0, CREATE_VERSION);
     if (abi < 2)
         return 0;
@@ -61,13 +52,23 @@ int install_landlock(void) {
     int ruleset = (int)syscall(CALL_CREATE_RULESET, &rules, abi >= 6 ? sizeof rules : abi >= 4 ? 16 : 8, 0);
     if (ruleset < 0)
         return -1;
-    int result = allow(ruleset, "/", FS_REFER);
+    int result = allow(ruleset, root, FS_REFER);
     if (result == 0 && abi >= 5)
-        result = allow(ruleset, "/dev", FS_REFER | FS_IOCTL_DEV);
+        result = allow(ruleset, dev, FS_REFER | FS_IOCTL_DEV);
     if (result == 0)
         result = (int)syscall(CALL_RESTRICT_SELF, ruleset, abi >= 7 ? LOG_SAME_EXEC_OFF : 0);
     int err = errno;
     close(ruleset);
     errno = err;
     return result < 0 ? -1 : abi;
+}
+
+/* For PID 1 and everything it starts. Preconditions: no_new_privs, the cell's tree is the root.
+ * Returns the ABI that was used, 0 where there is no Landlock (or none that allows renames), -1 with errno. */
+int install_landlock(int root, int dev) {
+    int abi = restrict_self(root, dev), err = errno;
+    close(root);
+    close(dev);
+    errno = err;
+    return abi;
 }

@@ -30,6 +30,7 @@ int umount2(const char *, int);
 #define STAGE "/tmp"
 #define NEW_ROOT STAGE "/root"
 #define NOTHING STAGE "/none"
+#define QUOTA STAGE "/quota"
 #define SAFE (MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV)
 
 static int open_tree_(int at, const char *path, unsigned flags) {
@@ -133,7 +134,7 @@ void open_trees(const struct spec *s, struct trees *trees) {
         for (uint32_t j = 0; j < s->layers[i].count; j++)
             add_tree(trees, s->layers[i].lowers[j], single);
     for (uint32_t i = 0; i < s->n_layers; i++)
-        if (s->layers[i].writable)
+        if (s->layers[i].writable && !s->quota_kib)
             add_tree(trees, s->layers[i].upper_dir, false);
     if (!single)
         return;
@@ -152,6 +153,8 @@ void map_trees(const struct spec *s, struct trees *trees, int userns, int store_
                 fail(errno, "map the ids of the layer %s", s->layers[i].lowers[j]);
 }
 
+static void make_quota(const struct spec *s);
+
 void stage_make(const struct spec *s) {
     if (mount(NULL, "/", NULL, M_REC_PRIVATE, NULL) < 0)
         fail(errno, "make the mounts private");
@@ -169,6 +172,38 @@ void stage_make(const struct spec *s) {
         }
     if (mkdir(NEW_ROOT, 0755) < 0 || mkdir(NOTHING, 0755) < 0)
         fail(errno, "make the staging directories");
+    if (s->quota_kib)
+        make_quota(s);
+}
+
+/* The writable layers of a cell with a quota on disk: one tmpfs of that size, whose pages are charged to the cell's
+ * memory. Upper directories have the same numbers as when they are moved in. */
+static void make_quota(const struct spec *s) {
+    char size[32], inodes[32], path[64];
+    mode_t kept = umask(0);
+    snprintf(size, sizeof size, "%uk", s->quota_kib);
+    snprintf(inodes, sizeof inodes, "%u", s->quota_inodes);
+    if (mkdir(QUOTA, 0755) < 0)
+        fail(errno, "make the staging directories");
+    int fd = must_mount("the tmpfs of the quota on disk", "tmpfs", (struct option[]){{"mode", "0755"}, {"size", size}, {"nr_inodes", inodes}, {0}}, SAFE);
+    if (attach(fd, AT_FDCWD, QUOTA) < 0)
+        fail(errno, "attach the tmpfs of the quota on disk");
+    close(fd);
+    int upper = 0;
+    for (uint32_t i = 0; i < s->n_layers; i++)
+        upper += (int)s->layers[i].count;
+    static const char *const parts[] = {"", "/upper", "/work"};
+    for (uint32_t i = 0; i < s->n_layers; i++) {
+        if (!s->layers[i].writable)
+            continue;
+        for (size_t j = 0; j < sizeof parts / sizeof *parts; j++) {
+            snprintf(path, sizeof path, QUOTA "/%d%s", upper, parts[j]);
+            if (mkdir(path, 0755) < 0)
+                fail(errno, "make the directories of the quota on disk");
+        }
+        upper++;
+    }
+    umask(kept);
 }
 
 /* Trees are staged in the order of `struct trees`: all lowers, then all upper directories. */
@@ -183,7 +218,7 @@ void stage_move(const struct spec *s, struct trees *trees) {
     }
 }
 
-static int overlay(const struct layer *l, int first, int upper) {
+static int overlay(const struct layer *l, int first, int upper, const char *uppers) {
     struct option options[520];
     static char paths[520][24];
     static char upper_path[40], work_path[40];
@@ -198,8 +233,8 @@ static int overlay(const struct layer *l, int first, int upper) {
     for (uint32_t j = 0; j < lowers; j++)
         options[n++] = (struct option){"lowerdir+", paths[j]};
     if (upper >= 0) {
-        snprintf(upper_path, sizeof upper_path, STAGE "/%d/upper", upper);
-        snprintf(work_path, sizeof work_path, STAGE "/%d/work", upper);
+        snprintf(upper_path, sizeof upper_path, "%.16s/%d/upper", uppers, upper);
+        snprintf(work_path, sizeof work_path, "%.16s/%d/work", uppers, upper);
         options[n++] = (struct option){"upperdir", upper_path};
         options[n++] = (struct option){"workdir", work_path};
         /* The layer dies with the cell, or is synced when it is sealed: the guest's fsync need not reach the disk. */
@@ -233,7 +268,7 @@ static void build_layers(const struct spec *s) {
         upper += (int)s->layers[i].count;
     for (uint32_t i = 0; i < s->n_layers; i++) {
         const struct layer *l = &s->layers[i];
-        int fd = overlay(l, first, l->writable ? upper : -1);
+        int fd = overlay(l, first, l->writable ? upper : -1, s->quota_kib ? QUOTA : STAGE);
         first += (int)l->count;
         upper += l->writable ? 1 : 0;
         int dir = i == 0 ? open(NEW_ROOT, O_PATH | O_DIRECTORY | O_CLOEXEC) : open_dir(root, l->at + 1);

@@ -66,6 +66,7 @@ struct layer {
 };
 struct spec {
     uint32_t flags, base, range, inner_uid, inner_gid, outer_uid, outer_gid, port, nproc, store;
+    uint32_t quota_kib, quota_inodes;      /* of all writable layers together; 0: they are on disk, without a quota */
     const char *hostname;
     uint32_t n_cgroups, n_layers;
     const char **cgroups;
@@ -105,7 +106,7 @@ int install_fork_wall(void);
 int check_walls(void);                     /* one bit for each control that does not hold */
 
 /* --- landlock.c --- */
-int install_landlock(void);               /* ABI, 0: none, -1 with errno */
+int install_landlock(int root, int dev);   /* ABI, 0: none, -1 with errno; closes both */
 
 /* --- init.c, command.c --- */
 struct guard {

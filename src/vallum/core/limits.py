@@ -23,7 +23,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     pids: int | None = None
     """Processes and threads alive at once."""
     disk_bytes: int | None = None
-    """Bytes that the cell may write to its own layer."""
+    """Bytes that the cell may write to its own layers, together. A cell with this limit keeps them in its memory (they
+    count towards ``memory_bytes``), may make one file for each 8 KiB of it (at least 4096), and cannot be snapshotted."""
     output_bytes: int = 10 * MIB
     """Bytes kept of each of stdout and stderr of one command: the first and the last half of it."""
 
@@ -39,6 +40,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise InvalidInput(f"memory of {self.memory_bytes} bytes is too small to start a process: give at least 8M")
         if self.pids is not None and self.pids < 2:
             raise InvalidInput(f"pids={self.pids} is too small: give at least 2")
+        if self.disk_bytes is not None and not MIB <= self.disk_bytes <= 1 << 42:
+            raise InvalidInput(f"disk_bytes={self.disk_bytes} is not usable: give between 1M and 4T")
+        if self.disk_bytes and self.memory_bytes and self.disk_bytes > self.memory_bytes:
+            raise InvalidInput(
+                f"disk_bytes={self.disk_bytes} is more than memory_bytes={self.memory_bytes}: "
+                "what a cell with a quota on disk writes is kept in its memory; give it more memory or less disk"
+            )
         if self.output_bytes < 1024:
             raise InvalidInput(f"output_bytes={self.output_bytes} is too small: give at least 1024")
         return self

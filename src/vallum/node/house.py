@@ -225,7 +225,7 @@ class House:
                 raise ControlMissing(
                     f"the limit {name} was asked for but cannot be enforced here: {self.tiers.get(control, 'missing: not built yet')}"
                 )
-        return limits.with_defaults(can)
+        return limits.with_defaults(can).check()
 
     def _book(self, request: wire.CreateSandbox, client: int, containment: str) -> RunBook:
         run = request.run or self._default_runs.get(client)

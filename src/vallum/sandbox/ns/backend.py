@@ -5,7 +5,8 @@ in a fork of itself. With a range of ids a cell has users 0 to 65534 of its own;
 has one. Which of the two is decided by attempting, never by asking who we are.
 
 Covered: see native/cell.c, mounts.c, net.c, seccomp.c, each with its own list.
-Not covered: bugs of the shared kernel; disk quotas (the upper layers share one file system).
+Not covered: bugs of the shared kernel. A cell without a quota on disk shares the file system of the cells; one with a
+quota keeps its layer in its own memory and cannot be sealed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Protocol
 import msgspec
 
 from vallum.core.errors import ControlMissing, InvalidInput, SandboxError
-from vallum.core.limits import Limits
+from vallum.core.limits import MIB, Limits
 from vallum.sandbox.base import MIN_UID_RANGE, Cell, CellSpec, Doors, Image, Layer, SealedLayer
 from vallum.sandbox.cgroup.base import CellGroup, Driver
 from vallum.sandbox.ns import wire
@@ -68,6 +69,7 @@ class Place:
     ids: wire.Ids
     group: CellGroup | None = None
     base: int | None = None
+    is_in_memory: bool = False
     layers: list[wire.PlacedLayer] = field(default_factory=list)
 
 
@@ -174,7 +176,17 @@ class NsBackend:
         finally:
             await cell.close()
         self._tiers = describe(has_range=self._uids is not None, why_not=why, doors=cell.doors, landlock=self._landlock)
+        self._tiers["disk.quota"] = await self._attempt_quota(spec)
         await self._remove([lower])
+
+    async def _attempt_quota(self, spec: CellSpec) -> str:
+        limits = Limits(memory_bytes=None, pids=None, disk_bytes=16 * MIB)
+        try:
+            cell = await self._create(msgspec.structs.replace(spec, limits=limits))
+        except SandboxError as error:
+            return f"missing: {error}"
+        await cell.close()
+        return "enforced"
 
     def probe(self) -> dict[str, str]:
         """See the contract; includes the cgroup driver's."""
@@ -222,11 +234,16 @@ class NsBackend:
             raise ControlMissing(
                 "root of this cell cannot own files (root=owner): a rootless cell has one user; run the node as root, or leave root=plain"
             )
+        if spec.limits.disk_bytes and self.level != NsBackend.level:
+            raise ControlMissing(
+                f"the level {self.level!r} has no quota on disk; leave out disk_bytes, or use level 'ns'"
+            )
         return await self._create(spec)
 
     async def _create(self, spec: CellSpec) -> NsCell:
         async with self._slots:
             place = Place(self._cells_dir / spec.id, wire.Ids(inner=ROOTLESS_USER, outer=(os.geteuid(), os.getegid())))
+            place.is_in_memory = bool(spec.limits.disk_bytes)
             self._places[spec.id] = place
             try:
                 layers = self._prepare(spec, place)
@@ -261,6 +278,7 @@ class NsBackend:
         group = place.group
         request = wire.encode_create(
             ids=place.ids, port=self._port, hostname=spec.hostname, layers=layers, root_owns=spec.root == "owner",
+            disk_bytes=spec.limits.disk_bytes or 0,
             processes=(spec.limits.pids or FORK_BACKSTOP) if group is None else 0, cgroups=group.enter_paths() if group else [],
         )  # fmt: skip
         reply, fds = await self._ask(wire.L_CREATE, request)
@@ -302,6 +320,10 @@ class NsBackend:
     async def _seal(self, cell_id: str, directory: Path, merge: bool, copy: bool) -> list[SealedLayer]:
         """Copy the writable layers of a cell; see :meth:`vallum.sandbox.base.Cell.seal`."""
         place = self._places[cell_id]
+        if place.is_in_memory:
+            raise SandboxError(
+                "a cell with a quota on disk keeps its files in memory and cannot be sealed; leave out disk_bytes for snapshots"
+            )
         requests = list_requests(place.layers, place.ids, directory, merge=merge, copy=copy)
         # All of them to their ends, also when one fails: nobody may still write when the directory is deleted.
         answers = await asyncio.gather(

@@ -58,7 +58,6 @@ def describe(*, has_range: bool, why_not: str, doors: Doors, landlock: int) -> d
     return {
         **{name: enforced for name, _, _ in ESSENTIAL},
         "net.dns": enforced,
-        "net.ipv6": enforced if len(doors.tcp) > 1 else "enforced (this kernel has no IPv6, so neither has a cell)",
         "cell.landlock": _describe_landlock(landlock),
         "cell.users": enforced
         if has_range
@@ -69,7 +68,6 @@ def describe(*, has_range: bool, why_not: str, doors: Doors, landlock: int) -> d
         "net.owners": enforced
         if doors.diag
         else "degraded: who owns a connection is not known; load the kernel module inet_diag",
-        "disk.quota": "missing: the cells' own layers share one file system; keep them on one of a fitting size",
     }
 
 

@@ -138,6 +138,14 @@ class PlacedLayer:
     upper_dir: str = ""
 
 
+def count_inodes(disk_bytes: int) -> int:
+    """How many files a quota on disk allows: one for each 8 KiB, at least 4096 and at most a million.
+
+    Each takes about a kilobyte of the kernel's memory, charged to the cell.
+    """
+    return min(max(disk_bytes // 8192, 4096), 1_000_000)
+
+
 def encode_create(
     *,
     ids: Ids,
@@ -147,10 +155,12 @@ def encode_create(
     cgroups: Sequence[str],
     layers: Sequence[PlacedLayer],
     root_owns: bool = False,
+    disk_bytes: int = 0,
 ) -> bytes:
     """What the launcher needs to build a cell.
 
     ``processes``: RLIMIT_NPROC, 0 for none. ``root_owns``: ``GuestRoot`` is ``owner``; needs a range of ids.
+    ``disk_bytes``: quota of all writable layers together, which are then kept in memory; 0 for none, on disk.
 
     Raises:
         InvalidInput: too many layers, or the first is not at ``/``.
@@ -164,6 +174,8 @@ def encode_create(
     p.word((SPEC_SINGLE_ID if ids.is_single else 0) | (SPEC_OWNER if root_owns else 0))
     for value in (ids.base, ids.range_size, *ids.inner, *ids.outer, port, processes, STORE_BASE):
         p.word(value)
+    p.word((disk_bytes + 1023) // 1024)
+    p.word(count_inodes(disk_bytes) if disk_bytes else 0)
     p.text(hostname)
     p.texts(cgroups)
     p.word(len(layers))
