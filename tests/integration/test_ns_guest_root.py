@@ -1,6 +1,7 @@
 """Root of an owner cell, attacked from inside: it owns the cell's files and nothing else, and nobody becomes PID 1's user."""
 
 import os
+import shutil
 import textwrap
 
 import pytest
@@ -64,6 +65,18 @@ async def test_what_an_owner_is_for(cell):
     userdel -r tester 2>/dev/null; id tester 2>/dev/null || echo gone"""
     result = await sh(cell, script, user="root")
     assert result.text.splitlines() == ["tester", "tester", "33:42 600", "gone"], result.stderr
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="the host has no dpkg to show in a cell")
+async def test_an_owner_installs_packages(cell):
+    script = r"""set -e
+    mkdir -p /tmp/p/DEBIAN /tmp/p/opt/x /tmp/db/info /tmp/db/updates /tmp/db/triggers; cd /tmp; : > db/status; : > db/available
+    printf 'Package: x\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: x\n' > p/DEBIAN/control
+    printf '#!/bin/sh\nchown 33:33 /opt/x/f\n' > p/DEBIAN/postinst; chmod 755 p/DEBIAN/postinst
+    echo hi > p/opt/x/f; dpkg-deb -b p x.deb > /dev/null; dpkg --admindir=/tmp/db -i x.deb > /dev/null
+    stat -c %u:%g /opt/x/f"""
+    result = await sh(cell, script, user="root")
+    assert result.text == "33:33", result.stderr
 
 
 async def test_files_are_handled_with_the_rights_of_the_user_who_was_named(cell):
