@@ -89,6 +89,26 @@ async def test_both_levels_at_once(node):
         assert (await two.exec(["cat", "/tmp/x"])).exit_code != 0
 
 
+async def test_a_quota_that_is_used_up_ends_this_cell_and_no_other(node):
+    async with node.sandbox() as other:
+        async with node.sandbox(level="gvisor", limits=vallum.Limits(memory_bytes=128 * 2**20)) as sb:
+            with pytest.raises(vallum.CellGone):
+                await sb.exec(["python3", "-c", "b = bytearray(400 << 20)"], timeout_s=30)
+        events = await node.events(run=sb.run, episode=sb.episode)
+        states = [e["state"] for e in events if e["kind"] == "sensor.status" and e["sensor"] == "gvisor_trace"]
+        assert states == ["watching", "blind"]
+        assert (await other.exec(["true"])).exit_code == 0
+
+
+async def test_what_this_level_lacks_is_refused_in_one_sentence(node):
+    async with node.sandbox(level="gvisor") as sb:
+        with pytest.raises(vallum.VallumError, match="cannot be sealed; use level 'ns'"):
+            await sb.snapshot()
+        assert (await sb.exec(["true"])).exit_code == 0
+    with pytest.raises(vallum.VallumError, match=r"root=owner.*use root=plain, or the level ns"):
+        await node.sandbox(level="gvisor", root="owner")
+
+
 async def test_an_unknown_level_is_refused_in_one_sentence(node):
     with pytest.raises(vallum.VallumError, match="use one of gvisor, ns"):
         await node.sandbox(level="microvm")

@@ -19,7 +19,8 @@ from vallum.core.errors import CellGone, InvalidInput, SandboxError
 from vallum.core.text import keep, show
 from vallum.sandbox.base import CellSpec, Child, Command, Doors
 from vallum.sandbox.cgroup.base import CellGroup
-from vallum.sandbox.gvisor.points import Clone, Connect, Exec, Exited, Point
+from vallum.sandbox.gvisor.lineage import INIT
+from vallum.sandbox.gvisor.points import MAX_PID, Clone, Connect, Exec, Exited, Point
 from vallum.sandbox.gvisor.steps import TraceSteps
 from vallum.sandbox.gvisor.trace import TraceReader
 from vallum.sandbox.ns import wire
@@ -215,16 +216,19 @@ class GvisorCell(NsCell):
     # ------------------------------------------------------------------ what PID 1 and its kernel say
 
     def _receive(self, message: wire.Message, fds: list[int], pid: int) -> None:
-        """The kernel's word for the sender is the runtime on the host; PID 1 says the id in the cell."""
+        """The host's word for the sender is the runtime; PID 1 says the id in the cell. No descriptor is expected, nor kept."""
+        close_all(fds)
         if message.op == wire.E_HELLO and message.id == 0:
-            close_all(fds)
             self.refuses_automount = bool(message.b)
             if not self._ready.done():
                 self._ready.set_result(None)
             return
+        if message.op == wire.E_HELLO and not INIT < message.a <= MAX_PID:
+            self._go_blind(f"its PID 1 named {message.a}, which is no process id")
+            return
         if message.op == wire.E_HELLO and (step := self._spawning.get(message.id)) is not None:
             self._traced.lineage.begin(message.a, step)
-        super()._receive(message, fds, message.a if message.op == wire.E_HELLO else pid)
+        super()._receive(message, [], message.a if message.op == wire.E_HELLO else pid)
 
     def _take_points(self, points: list[Point]) -> None:
         self._control.read_now()  # PID 1 names a command's process before its first instruction is reported

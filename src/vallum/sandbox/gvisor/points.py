@@ -22,7 +22,7 @@ MAX_DATAGRAM = 1 << 20
 _CLONE, _EXEC, _EXIT, _CONNECT = 2, 3, 4, 10
 _COMMON, _TGID, _CREDENTIALS = 1, 4, 7
 _MAX_ARGUMENTS = 4096
-_MAX_PID = 1 << 22
+MAX_PID = 1 << 22
 
 
 class MalformedPoint(SandboxError):
@@ -124,7 +124,7 @@ def _parse_address(pid: int, raw: bytes) -> Connect | None:
 
 
 def _pid(value: int) -> int:
-    if not 0 < value <= _MAX_PID:
+    if not 0 < value <= MAX_PID:
         raise ValueError(f"{value} is no process id")
     return value
 

@@ -42,7 +42,6 @@ class Runsc:
             "host-fifo": "none",
             "net-raw": "false",
             "file-access": "exclusive",
-            "watchdog-action": "panic",
             "pod-init-config": SESSION,
         }
         known = {name: value for name, value in wanted.items() if name in self.flags}
