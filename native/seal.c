@@ -3,9 +3,10 @@
  *
  * Covered: symlinks (never followed: each step is openat with O_NOFOLLOW on a held directory); whiteouts, opaque
  * directories, hard links, holes, owners (moved from the cell's range to the store's), modes, times, user.* attributes,
- * ACLs; FIFOs are not opened; a file of one exabyte that is a hole costs nothing; directories deeper than PATH_MAX.
+ * ACLs; FIFOs are not opened; a file of one exabyte that is a hole costs nothing; directories deeper than PATH_MAX. What a guest can make us hold in memory and write as a listing is bounded.
  * Not covered: consistency while the guest runs (the caller freezes it; without, each file is what it was when it was
- * read, and nothing worse); directories nested deeper than 4000 are refused.
+ * read, and nothing worse); directories nested deeper than 4000, or with paths beyond
+ * 64 KiB, more than a million entries in one, or a listing beyond 1 GiB are refused.
  *
  * Listing: records of two NUL-ended strings, in order of path within each directory:
  *   "TYPE MODE UID GID SIZE MTIME_NS BELOW REPLACED DIGEST" and the path without a leading slash.
@@ -32,7 +33,10 @@
 #include <unistd.h>
 
 #define DEEPEST 4000
-#define MOST_NAMES (1u << 22) /* in one directory */
+#define MOST_NAMES (1u << 20)           /* in one directory: they are held in memory */
+#define LONGEST (64u << 10)             /* path; what is deeper would make listings out of all proportion */
+#define LARGEST_LISTING (1ull << 30)
+#define MOST_LINK_BYTES (64u << 20)     /* of paths remembered for hard links; beyond, links become files of their own */
 #define MANY_HOLES (64ll << 20)
 #define PART (256u << 10)
 #define OPAQUE "user.overlay.opaque"
@@ -60,9 +64,9 @@ static char *path;
 static size_t path_length, path_room;
 static FILE *listing;
 static struct sha256 digest;
-static uint64_t entries, bytes;
+static uint64_t entries, bytes, listed;
 static struct link *links;
-static size_t n_links, link_room;
+static size_t n_links, link_room, link_bytes;
 static uint8_t part[PART], values[65536];
 static struct place opened[DEEPEST + 600]; /* directories to be given back their modes */
 static int n_opened;
@@ -199,6 +203,8 @@ static size_t push_path(const char *name) {
         path[path_length++] = '/';
     memcpy(path + path_length, name, size + 1);
     path_length += size;
+    if (path_length > LONGEST)
+        refuse(ENAMETOOLONG, "take in paths longer than %u bytes, at /%.200s", LONGEST, path);
     return before;
 }
 
@@ -213,6 +219,8 @@ static void list(char type, const struct stat *st, uint32_t base, char below, bo
     int n = snprintf(head, sizeof head, "%c %o %u %u %lld %lld %c %c %s", type, type == 'w' ? 0 : (unsigned)st->st_mode & 07777,
                      type == 'w' ? 0 : inner(st->st_uid, base), type == 'w' ? 0 : inner(st->st_gid, base), sized ? (long long)st->st_size : 0ll,
                      type == 'w' ? 0ll : (long long)st->st_mtim.tv_sec * 1000000000ll + st->st_mtim.tv_nsec, below, replaced ? 'o' : '-', content);
+    if ((listed += (uint64_t)n + path_length + 2) > LARGEST_LISTING)
+        refuse(E2BIG, "list so many and so long paths: the listing would be larger than 1 GiB");
     sha256_add(&digest, head, (size_t)n + 1);
     sha256_add(&digest, path, path_length + 1);
     if (fwrite(head, 1, (size_t)n + 1, listing) != (size_t)n + 1 || fwrite(path, 1, path_length + 1, listing) != path_length + 1)
@@ -350,6 +358,9 @@ static size_t find_link(dev_t dev, ino_t ino) {
 }
 
 static void keep_link(const struct stat *st) {
+    if (path_length >= 4096 || link_bytes + path_length > MOST_LINK_BYTES || n_links >= MOST_NAMES)
+        return;
+    link_bytes += path_length;
     if (2 * (n_links + 1) > link_room) {
         struct link *old = links;
         size_t before = link_room;

@@ -149,11 +149,16 @@ class Snapshots:
                 self._record(live, manifest, sealing)
                 previous = ground.points[-1] if ground.points else None
                 point = self._keep_point(live.id, ground, manifest, last_step)
-                await self._tell_changes(live, ground, previous, point)
             except BaseException:
                 await asyncio.shield(self._discard(ground.level, self.store.remove(manifest.id)))
                 raise
-        self._sync_soon([manifest.id])
+            self._sync_soon([manifest.id])
+            try:
+                await self._tell_changes(live, ground, previous, point)
+            except SandboxError:
+                if not live.is_closing:
+                    raise
+                log.info("cell %s ended before it was told what had changed in it", live.id)
         return manifest
 
     def _describe(
