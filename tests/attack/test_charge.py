@@ -90,3 +90,32 @@ async def test_two_cells_cannot_be_one_episode(home):
         assert again.episode not in names
         with pytest.raises(vallum.InvalidInput):
             await node.sandbox(run="shared", episode="e1")
+
+
+IN_THE_SHELLS_PLACE = f"""
+import os, re, socket, threading, time
+def act():
+    time.sleep(1)
+    s = socket.socket()
+    try: s.connect(("{NOWHERE}", 443)); s.recv(1)
+    except OSError: pass
+threading.Thread(target=act).start()
+while data := os.read(3, 65536):
+    for nonce in re.findall(rb"printf '%s %s.n' ([0-9a-f]+)", data): os.write(4, nonce + b" 0" + bytes([10]))
+"""
+
+
+async def test_a_program_in_the_place_of_the_shell_takes_no_step_along(node):
+    """It speaks the shell's protocol, so that it is moved into the next step, and acts there."""
+    async with node.sandbox() as sb:
+        await sb.write_file("/tmp/evil.py", IN_THE_SHELLS_PLACE)
+        shell = await sb.session()
+        guilty = await shell.run(
+            "exec python3 /tmp/evil.py 3</proc/$$/fd/255 4>/proc/$$/fd/11 >/dev/null 2>&1", timeout_s=5
+        )
+        with pytest.raises(vallum.CellGone, match="exec"):
+            await shell.run("true", timeout_s=5)
+        await sb.exec(["sleep", "1.5"])
+        assert {flow["scope"]["step"] for flow in await flows(node, sb)} <= {guilty.step}
+        async with sb.session() as another:
+            assert [(await another.run("true")).exit_code for _ in range(3)] == [0, 0, 0]

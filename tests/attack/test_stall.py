@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import statistics
 import time
 
@@ -166,3 +167,22 @@ async def test_words_without_end_end_no_run(node):
         calls = [e for e in await node.events(run="long") if e["kind"] == "tool.call"]
     assert max(len(call["arguments"]) for call in calls) < 2_000_000
     assert any("sha256" in call["arguments"] for call in calls)
+
+
+async def test_shells_that_end_leave_no_descriptors(node):
+    def count():
+        return len(os.listdir(f"/proc/{node.pid}/fd"))
+
+    async with node.sandbox() as sb:
+        before = count()
+        for _ in range(12):
+            shell = await sb.session()
+            with contextlib.suppress(vallum.VallumError):
+                await shell.run("exit 0")
+        for _ in range(4):
+            await sb.session()
+    for _ in range(100):
+        if count() <= before:
+            break
+        await asyncio.sleep(0.1)
+    assert count() <= before + 8

@@ -333,9 +333,17 @@ async def run_in_shell(live: LiveCell, shell: Shell, request: wire.SessionRun) -
 
     Raises:
         StepTimeout: what it started is gone, the shell lives.
-        CellGone: the shell has ended.
+        CellGone: the shell has ended, or is another program now.
     """
     async with shell.lock:
+        if live.was_replaced(shell):
+            # It would be moved into each step that begins, and take what an earlier one put into it along.
+            live.shells.pop(shell.id, None)
+            shell.let_go()
+            await live.cell.signal(shell.child, signal.SIGKILL)
+            raise CellGone(
+                "another program has taken the place of the session's shell (exec), so it was ended: open a new session"
+            )
         step, opening = await live.enter_step(request.step, "session", request.tool_call)
         call = Call(live, step, "session.run", {"command": request.command, "session": shell.id}, opening)
         await live.cell.move(shell.child, step=step.index)
@@ -358,7 +366,7 @@ async def _converse(live: LiveCell, shell: Shell, step: Step, call: Call, reques
 
     pumps = [Pump(os.dup(child.stdout), outputs[0]), Pump(os.dup(child.stderr), outputs[1])]
     status_pump = Pump(os.dup(child.extra[1]), word, listen)
-    feed = Feed(child.extra[0], closes=False)
+    feed = Feed(os.dup(child.extra[0]))  # a copy, as above: the session may be closed meanwhile
     feed.write(make_script(request.command, nonce))
     gone = asyncio.ensure_future(status_pump.at_end.wait())
     try:
@@ -378,6 +386,7 @@ async def _converse(live: LiveCell, shell: Shell, step: Step, call: Call, reques
         feed.close()
     if not said.done():
         live.shells.pop(shell.id, None)
+        shell.let_go()
         exit_ = await _reap(live, child)
         if not stopped:
             return call.conclude(exit_, "", None, *outputs)

@@ -307,8 +307,9 @@ class House:
         self._snapshots.leave(live.id)
         self._watch.remove(live)
         self._cells.pop(live.id, None)
-        for session in live.shells:
+        for session, shell in live.shells.items():
             self._sessions.pop(session, None)
+            shell.let_go()
         with contextlib.suppress(RecordError):
             live.emit(
                 EpisodeEnded(
@@ -407,9 +408,7 @@ class House:
             return
         live, shell = found, found.shells.pop(session)
         self._sessions.pop(session, None)
-        for fd in (shell.child.stdin, shell.child.stdout, shell.child.stderr, *shell.child.extra):
-            if fd is not None:
-                os.close(fd)
+        shell.let_go()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(live.cell.wait(shell.child), 1.0)
             return

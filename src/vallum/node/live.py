@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -42,6 +43,16 @@ class Shell:
     child: Child
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One command at a time."""
+    _is_let_go: bool = False
+
+    def let_go(self) -> None:
+        """Close our ends of its pipes. A guest may end its shells as often as it likes: none may leave anything here."""
+        if self._is_let_go:
+            return
+        self._is_let_go = True
+        for fd in (self.child.stdin, self.child.stdout, self.child.stderr, *self.child.extra):
+            if fd is not None:
+                os.close(fd)
 
 
 RECENT_NS = 2_000_000_000
@@ -52,6 +63,10 @@ class StepWatcher(Protocol):
 
     def step_opened(self, live: LiveCell, step: int) -> None:
         """A step has begun."""
+        ...
+
+    def was_replaced(self, pid: int) -> bool:
+        """Whether a process that was started as one program is another now."""
         ...
 
     def step_closing(self, live: LiveCell, step: int) -> Usage:
@@ -198,6 +213,10 @@ class LiveCell:
         steps = (self.cell.step_of_pid(pid)[0] for pid in self.cell.pids() if pid not in shells)
         active.update(step for step in steps if step is not None)
         return next(iter(active)) if len(active) == 1 else None
+
+    def was_replaced(self, shell: Shell) -> bool:
+        """Whether another program has taken the place of the shell."""
+        return self._watcher.was_replaced(shell.child.pid)
 
     def charge_pid(self, pid: int) -> tuple[Scope, Attribution]:
         """Scope of a host process of this cell."""

@@ -120,6 +120,11 @@ class Watch:
             self._poll.start_polling(live.id)
         self._resources.open_step(live.id, step)
 
+    def was_replaced(self, pid: int) -> bool:
+        """Whether a process that we started has executed another program since. False where the kernel does not tell
+        (``/proc`` is polled): what could be read there instead, the guest can forge."""
+        return self._connector is not None and self._connector.execs_of(pid) > 1
+
     def step_closing(self, live: LiveCell, step: int) -> Usage:
         """A step is about to be closed: what it did is told before. What it has used."""
         self._drain(live)

@@ -48,6 +48,8 @@ class _Member:
     attribution: Attribution
     announced: bool = False
     """Whether a ProcessStarted was given, so that only those end with a ProcessExited."""
+    execs: int = 0
+    """Programs that it has executed since its fork."""
     ended: Exit | None = None
     """The leader's end while its threads live on."""
 
@@ -125,6 +127,12 @@ class ProcConnector:
         watched = self._cells.pop(cell, None)
         for pid in watched.pids if watched else ():
             self._members.pop(pid, None)
+
+    def execs_of(self, pid: int) -> int:
+        """How many programs a process of a watched cell has executed since its fork, as far as it was told (0: none)."""
+        self.drain()
+        member = self._members.get(pid)
+        return 0 if member is None else member.execs
 
     def drain(self) -> None:
         """Take what the kernel has told so far: called when a step closes, so that its processes are counted."""
@@ -221,6 +229,7 @@ class ProcConnector:
         watched = self._cells[member.cell]
         if pid == watched.root:
             return
+        member.execs += 1
         member.ended = None  # a thread that execs takes the place of a leader that has ended
         seen = procfs.read_process(pid, watched.uid_map)  # first: argv is what perishes soonest
         scope, attribution = self._hooks.scope_of_pid(member.cell, pid)
