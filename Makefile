@@ -36,4 +36,4 @@ bench: setup  ## figures beside the peers that are installed, in one run
 	@$(BIN)/vallum bench
 
 clean:  ## remove what set-up and tests made here
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/vallum/native/vallum-cell*
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/vallum/native/vallum-*

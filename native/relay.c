@@ -33,12 +33,16 @@ static bool put_all(int fd, const char *data, ssize_t size) {
     return true;
 }
 
-static void relay(int master, int stream, int sizes) {
+/* `leader`: the command, leader of the session. Its end is the terminal's, which that kernel does not tell the master. */
+static void relay(int master, int stream, int sizes, pid_t leader) {
     char data[65536];
     for (;;) {
         struct pollfd polls[3] = {{.fd = master, .events = POLLIN}, {.fd = stream, .events = POLLIN}, {.fd = sizes, .events = POLLIN}};
-        if (poll(polls, 3, -1) < 0)
+        int ready = poll(polls, 3, 100);
+        if (ready < 0)
             continue;
+        if (ready == 0 && kill(leader, 0) < 0 && errno == ESRCH)
+            _exit(0);
         if (polls[0].revents) {
             ssize_t got = read(master, data, sizeof data);
             if (got <= 0 && errno != EAGAIN && errno != EINTR)
@@ -80,7 +84,7 @@ int open_relayed_terminal(int stream, int sizes, uint32_t rows, uint32_t columns
     int slave = open(path, O_RDWR | O_NOCTTY | O_CLOEXEC);
     if (slave < 0 || ioctl(master, TIOCSWINSZ, &size) < 0 || ioctl(slave, TIOCSCTTY, 0) < 0)
         return -1;
-    pid_t between = fork();
+    pid_t leader = getpid(), between = fork();
     if (between == 0) {
         setsid();
         if (fork() != 0)
@@ -91,7 +95,7 @@ int open_relayed_terminal(int stream, int sizes, uint32_t rows, uint32_t columns
             _exit(1);
         signal(SIGPIPE, SIG_IGN);
         prctl(PR_SET_NAME, "terminal");
-        relay(master, stream, sizes);
+        relay(master, stream, sizes, leader);
     }
     if (between < 0)
         return -1;

@@ -1,5 +1,6 @@
 """The ``gvisor`` level against the definition of a cell. What it does otherwise is listed here, each with the reason."""
 
+import asyncio
 import os
 import secrets
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 pytest.register_assert_rewrite("vallum.testing.sandbox_conformance")
 
 from vallum.core.limits import Limits  # noqa: E402
-from vallum.sandbox.base import CellSpec  # noqa: E402
+from vallum.sandbox.base import CellSpec, Command  # noqa: E402
 from vallum.sandbox.cgroup.detect import find_driver  # noqa: E402
 from vallum.sandbox.gvisor.backend import GvisorBackend  # noqa: E402
 from vallum.sandbox.gvisor.runsc import find_path  # noqa: E402
@@ -17,7 +18,7 @@ from vallum.sandbox.images.resolve import resolve, with_mounts  # noqa: E402
 from vallum.sandbox.ns.backend import BINARY  # noqa: E402
 from vallum.sandbox.uidrange import UidRanges  # noqa: E402
 from vallum.testing.sandbox_conformance import *  # noqa: E402, F403
-from vallum.testing.sandbox_conformance.driving import python, run, sh  # noqa: E402
+from vallum.testing.sandbox_conformance.driving import python, read_all, read_until, run, sh, write_all  # noqa: E402
 
 NO_LIMITS = Limits(memory_bytes=None, pids=None, disk_bytes=None)
 
@@ -29,7 +30,7 @@ pytestmark = [
 ]
 
 DEVIATIONS: dict[str, str] = {
-    "test_a_terminal": "the pty of runsc 20221219 makes no signals of ^C (it has no ISIG)",
+    "test_a_terminal": "the pty of runsc 20221219 makes no signals of ^C (it has no ISIG); see test_a_terminal_but_for_its_signals",
     "test_no_privilege_at_all": "/proc/PID/status of runsc shows neither CapAmb nor NoNewPrivs; see test_no_capability",
     "test_pid_1_cannot_be_touched": "/proc/1/environ of runsc can be read; see test_pid_1_gives_nothing_away",
 }
@@ -124,3 +125,22 @@ async def test_the_walls_around_the_runtime(make_cell):
     assert int(uid_map[1]) >= 65536
     for kind in ("user", "net", "mnt", "pid", "ipc", "uts", "cgroup"):
         assert os.readlink(f"/proc/{cell.pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"), kind
+
+
+async def test_a_terminal_but_for_its_signals(make_cell):
+    """Size, input, a new size, and its end with the command; the relay in between goes as well."""
+    cell = await make_cell()
+    script = b"tty; stty size; read x; echo got $x; read y; stty size; exit 7"
+    child = await cell.spawn(Command(argv=[b"/bin/sh", b"-c", script], pty=True, rows=33, columns=101), step=0)
+    assert b"/dev/pts/0" in await read_until(child.stdin, b"33 101")
+    await write_all(child.stdin, b"hello\r", close=False)
+    await read_until(child.stdin, b"got hello")
+    await cell.resize(child, 44, 55)
+    await asyncio.sleep(0.3)  # the size goes another way than the input
+    await write_all(child.stdin, b"\r", close=False)
+    await read_until(child.stdin, b"44 55")
+    assert (await cell.wait(child)).code == 7
+    async with asyncio.timeout(5):
+        await read_all(child.stdin)
+        while cell.pids():
+            await asyncio.sleep(0.05)
