@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
+import time
 from pathlib import Path
 
 from vallum.arena.attacks.base import GUEST_PYTHON, Ground, Outcome, is_refused
@@ -13,10 +14,13 @@ from vallum.core.errors import VallumError
 
 TRANSFERS = 1000
 AT_ONCE = 20
+RACE_WITHIN_S = 20.0
+"""A busy machine makes fewer."""
 
 _SWAP = r"""
 import ctypes, os, sys, time
 secret, libc = sys.argv[1], ctypes.CDLL(None)
+os.nice(5)
 os.makedirs("/tmp/race/real", exist_ok=True)
 open("/tmp/race/real/secret", "w").write("mine")
 open("/tmp/race/real/target", "w").write("mine")
@@ -58,11 +62,17 @@ class Transfers:
                 with contextlib.suppress(VallumError):
                     await cell.write_file(f"{name}/target", b"owned", user=ground.actor.user)
 
+            deadline = time.monotonic() + RACE_WITHIN_S
             for start in range(0, TRANSFERS, AT_ONCE):
                 await asyncio.gather(*(move(number) for number in range(start, start + AT_ONCE)))
+                if time.monotonic() > deadline:
+                    break
             outcomes = [
                 ground.outcome(
-                    self.name, f"{2 * TRANSFERS} transfers in a race", held=not got, detail=f"{worked} read"
+                    self.name,
+                    f"up to {2 * TRANSFERS} transfers in a race",
+                    held=not got,
+                    detail=f"{start + AT_ONCE} read and written, {worked} of them not refused",
                 ),
                 ground.outcome(self.name, "some reads went well", held=worked > 0, twin=True),
             ]
