@@ -101,6 +101,7 @@ class NsCell:
         self._sealing = asyncio.Lock()
         self._jobs: dict[int, _Job] = {}
         self._serial = 0
+        self._killing: asyncio.Task[int] | None = None
         self._closing: asyncio.Task[int] | None = None
         self._by_group = steps
         self._by_lineage = LineageSteps(pid, self._kill_init) if steps is None else None
@@ -292,7 +293,9 @@ class NsCell:
         job = self._request(wire.I_CHECK, wire.encode_check(user=self._spec.image.user))
         status = await self._own(job, job.ended)
         if isinstance(status, _Failure) or not os.WIFEXITED(status):
-            raise SandboxError("the walls of a cell could not be tried: the child that tries them did not come to its end")
+            raise SandboxError(
+                "the walls of a cell could not be tried: the child that tries them did not come to its end"
+            )
         return os.WEXITSTATUS(status)
 
     # ------------------------------------------------------------------ sealing
@@ -333,6 +336,12 @@ class NsCell:
 
     # ------------------------------------------------------------------ the end
 
+    async def kill(self) -> int:
+        """See the contract."""
+        if self._killing is None:
+            self._killing = asyncio.get_running_loop().create_task(self._kill(), name=f"kill-{self.id}")
+        return await asyncio.shield(self._killing)
+
     async def close(self) -> int:
         """See the contract."""
         if self._closing is None:
@@ -340,6 +349,13 @@ class NsCell:
         return await asyncio.shield(self._closing)
 
     async def _close(self) -> int:
+        alive = await self.kill()
+        # In a thread: removing a cgroup waits for the kernel, a millisecond or more each.
+        await asyncio.to_thread(self._steps.remove)
+        await self._clean_up(self)
+        return alive
+
+    async def _kill(self) -> int:
         alive = 0 if self.gone.is_set() else len(self.pids())
         self._kill_init()
         if self._sealing.locked() and not self.gone.is_set():
@@ -353,8 +369,6 @@ class NsCell:
             ) from None
         finally:
             self.doors.close()
-        self._steps.remove()
-        await self._clean_up(self)
         return alive
 
     def _kill_init(self) -> None:
