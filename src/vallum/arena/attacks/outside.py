@@ -104,9 +104,13 @@ class Canaries:
         )
         return seen
 
-    def mounts(self) -> set[str]:
-        """The host's mounts."""
-        return set(_read("/proc/self/mountinfo").splitlines())
+    @staticmethod
+    def mounts() -> set[str]:
+        """The host's mounts at the root and in /proc, /sys and /dev; elsewhere others may mount as they like."""
+        lines = _read("/proc/self/mountinfo").splitlines()
+        return {
+            line for line in lines if line.split()[4].startswith(("/proc", "/sys", "/dev")) or line.split()[4] == "/"
+        }
 
     @staticmethod
     def clock_offset_s() -> float:
