@@ -86,6 +86,7 @@ def parse_size(text: str) -> int:
 @click.option("--cpus", type=float, metavar="N", help="Cores, e.g. 1.5.")
 @click.option("--memory", metavar="SIZE", help="e.g. 512M, 2G.")
 @click.option("--pids", type=int, metavar="N", help="Processes and threads at once.")
+@click.option("--disk", metavar="SIZE", help="Most that it may write, e.g. 1G (kept in memory; see --memory).")
 @click.option("--timeout", "timeout_s", type=float, metavar="S", help="End it after S seconds (exit code 124).")
 @click.option("--run", "run_id", metavar="ID", help="Id of the run (default: a new one).")
 @click.option("--level", default="ns", show_default=True, help="Isolation level.")
@@ -116,6 +117,7 @@ async def _run(places: Places, command: list[str], options: dict[str, Any]) -> i
         cpus=options["cpus"],
         memory_bytes=parse_size(options["memory"]) if options["memory"] else None,
         pids=options["pids"],
+        disk_bytes=parse_size(options["disk"]) if options["disk"] else None,
     ).check()
     mounts = list(options["mounts"])
     workdir = None
