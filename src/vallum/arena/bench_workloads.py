@@ -17,6 +17,8 @@ from vallum.client.face import Node, Sandbox
 
 OUTSIDE = "the same outside (no walls)"
 TIMEOUT_S = 300.0
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+"""Outside, so that it is the same program as in the cell."""
 
 _MAKE_TREE = """
 import os, subprocess
@@ -63,7 +65,7 @@ async def measure_workloads(node: Node, repetitions: int) -> list[Figure]:
     """Milliseconds of each workload, inside and outside, in turns."""
     figures: list[Figure] = []
     for work in WORKLOADS:
-        if shutil.which(work.program) is None:
+        if shutil.which(work.program, path=PATH) is None:
             figures.append(missing(work.what, OUTSIDE, "ms", f"{work.program} is not installed"))
             continue
         figures += await _measure(node, work, repetitions)
@@ -99,7 +101,9 @@ async def _run_inside(cell: Sandbox, argv: list[str]) -> float:
 
 async def _run_outside(argv: list[str], directory: str) -> float:
     started = time.perf_counter()
-    process = await asyncio.create_subprocess_exec(*argv, cwd=directory, stdout=asyncio.subprocess.DEVNULL)
+    process = await asyncio.create_subprocess_exec(
+        *argv, cwd=directory, stdout=asyncio.subprocess.DEVNULL, env={"PATH": PATH, "HOME": directory}
+    )
     status = await asyncio.wait_for(process.wait(), TIMEOUT_S)
     taken = (time.perf_counter() - started) * 1000
     if status:
