@@ -33,6 +33,7 @@ from vallum.rules.verdicts import FlowFacts, admits_server_first, judge_flow, ma
 
 EVIDENCE_GRACE_S = 0.005
 """How long a refusal waits for the guest's first bytes: evidence, and how to phrase it."""
+EVIDENCE_LIMIT_S = 0.1
 SERVER_FIRST_GRACE_S = 0.2
 """Silence of the guest after which the server may speak first, where a grant admits it."""
 SNIFF_TIMEOUT_S = 10.0
@@ -216,10 +217,18 @@ class GatewayFlow:
     # -- refused -----------------------------------------------------------------------------------------
 
     async def _collect_evidence(self) -> None:
-        loop = asyncio.get_running_loop()
+        """What a guest that is refused says first. Waited for a moment, and for as long as it takes to learn who it is:
+        the refusal cannot be recorded before that anyway."""
         sniffer = Sniffer()
-        with contextlib.suppress(TimeoutError, OSError):
-            self.head = await asyncio.wait_for(loop.sock_recv(self.conn, MAX_BYTES), EVIDENCE_GRACE_S)
+        said = asyncio.ensure_future(asyncio.get_running_loop().sock_recv(self.conn, MAX_BYTES))
+        await asyncio.wait([said], timeout=EVIDENCE_GRACE_S)
+        if not said.done():
+            await asyncio.wait([said, self._owner], timeout=EVIDENCE_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+        if said.done():
+            with contextlib.suppress(OSError):
+                self.head = said.result()
+        else:
+            said.cancel()
         self.seen = (sniffer.feed(self.head) if self.head else None) or sniffer.finish()
 
     async def _refuse(self, decision: Decision) -> None:
