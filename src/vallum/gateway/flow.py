@@ -221,13 +221,14 @@ class GatewayFlow:
         the refusal cannot be recorded before that anyway."""
         sniffer = Sniffer()
         said = asyncio.ensure_future(asyncio.get_running_loop().sock_recv(self.conn, MAX_BYTES))
-        await asyncio.wait([said], timeout=EVIDENCE_GRACE_S)
-        if not said.done():
-            await asyncio.wait([said, self._owner], timeout=EVIDENCE_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
-        if said.done():
-            with contextlib.suppress(OSError):
-                self.head = said.result()
-        else:
+        try:
+            await asyncio.wait([said], timeout=EVIDENCE_GRACE_S)
+            if not said.done():
+                await asyncio.wait([said, self._owner], timeout=EVIDENCE_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+            if said.done():
+                with contextlib.suppress(OSError):
+                    self.head = said.result()
+        finally:
             said.cancel()
         self.seen = (sniffer.feed(self.head) if self.head else None) or sniffer.finish()
 
