@@ -103,9 +103,7 @@ class Peer:
     async def _measure_running(self, repetitions: int, names: Names) -> list[Figure]:
         self._write_config(["sleep", "600"])
         name = _make_id()
-        await self._call(
-            [*self._base, "run", "-d" if self.kind.name != "runsc" else "-detach", "-b", str(self._bundle), name]
-        )
+        await self._call([*self._base, "run", "--detach", "--bundle", str(self._bundle), name])
         try:
             executed = await self._time(repetitions, lambda: [*self._base, "exec", name, "/usr/bin/true"])
         finally:
@@ -118,7 +116,7 @@ class Peer:
         ]
 
     def _run_once(self) -> list[str]:
-        return [*self._base, "run", "-b", str(self._bundle), _make_id()]
+        return [*self._base, "run", "--bundle", str(self._bundle), _make_id()]
 
     def _bwrap(self) -> list[str]:
         links = [
