@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` and `make test`. Set-up is part of both and quick the second time.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup setup-dev demo test test-slow lint format bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,27 +11,30 @@ help:  ## what can be made
 setup:  ## system packages (as root), virtual environment, the C part
 	@scripts/setup
 
+setup-dev:
+	@scripts/setup --dev
+
 demo: setup  ## the incident replayed against real walls, with an HTML report
 	@$(BIN)/vallum demo
 
-test: setup  ## style, types, layers, then every test but the slow ones
+test: setup-dev  ## style, types, layers, then every test but the slow ones
 	@$(MAKE) --no-print-directory lint
 	@$(BIN)/pytest -m "not slow"
 
-test-slow: setup  ## the slow tests
+test-slow: setup-dev  ## the slow tests
 	@$(BIN)/pytest -m slow --timeout 900
 
-lint: setup  ## ruff, mypy --strict, import-linter
+lint: setup-dev  ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
 
-format:  ## let ruff arrange the code
+format: setup-dev  ## let ruff arrange the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: setup  ## figures beside the peers that are installed, in one run
+bench:  ## figures beside the peers that are installed, in one run
 	@scripts/setup --bench
 	@$(BIN)/vallum bench
 
