@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from vallum.client import wire
 from vallum.client.connection import Connection, view
@@ -248,26 +248,45 @@ class Node:
         return await self.connection.call(wire.Status(seq=self.connection.next_seq()), wire.NodeStatus)
 
 
-class SandboxOpener:
+class Closable(Protocol):
+    """What can be opened and has to be closed."""
+
+    async def close(self) -> None:
+        """End it."""
+        ...
+
+
+C = TypeVar("C", bound=Closable)
+
+
+class Opener(Generic[C]):
+    """Something that is about to be opened: await it and close it yourself, or enter it."""
+
+    _opened: C | None = None
+
+    def __await__(self) -> Generator[Any, None, C]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> C:
+        self._opened = await self._open()
+        return self._opened
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._opened is not None
+        await self._opened.close()
+
+    async def _open(self) -> C:
+        raise NotImplementedError
+
+
+class SandboxOpener(Opener["Sandbox"]):
     """What ``node.sandbox(...)`` and ``node.fork(...)`` give: await it, or enter it."""
 
     def __init__(self, node: Node, request: wire.CreateSandbox | wire.ForkSandbox) -> None:
         self._node = node
         self._request = request
-        self._sandbox: Sandbox | None = None
-
-    def __await__(self) -> Generator[Any, None, Sandbox]:
-        return self._open().__await__()
-
-    async def __aenter__(self) -> Sandbox:
-        self._sandbox = await self._open()
-        return self._sandbox
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._sandbox is not None
-        await self._sandbox.close()
 
     async def _open(self) -> Sandbox:
         made = await self._node.connection.call(self._request, wire.SandboxMade)
@@ -493,27 +512,13 @@ class Process:
         return _result(ran)
 
 
-class SessionOpener:
+class SessionOpener(Opener["Session"]):
     """What ``sb.session()`` gives: enter it, or await it."""
 
     def __init__(self, sandbox: Sandbox, connection: Connection, request: wire.OpenSession) -> None:
         self._sandbox = sandbox
         self._connection = connection
         self._request = request
-        self._session: Session | None = None
-
-    def __await__(self) -> Generator[Any, None, Session]:
-        return self._open().__await__()
-
-    async def __aenter__(self) -> Session:
-        self._session = await self._open()
-        return self._session
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._session is not None
-        await self._session.close()
 
     async def _open(self) -> Session:
         return Session(self._sandbox, self._connection, await self._connection.call(self._request, str))

@@ -34,6 +34,7 @@ from vallum.rules.verdicts import FlowFacts, admits_server_first, judge_flow, ma
 EVIDENCE_GRACE_S = 0.005
 """How long a refusal waits for the guest's first bytes: evidence, and how to phrase it."""
 EVIDENCE_LIMIT_S = 0.1
+"""The longest it waits for them where it takes that long to learn whose the connection is."""
 SERVER_FIRST_GRACE_S = 0.2
 """Silence of the guest after which the server may speak first, where a grant admits it."""
 SNIFF_TIMEOUT_S = 10.0

@@ -6,11 +6,29 @@ event (empty ``exe``, lower confidence) or in a ``SensorStatus``.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
+from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.errors import RecordError
-from vallum.core.events import AnyEvent
-from vallum.core.scope import Attribution, Scope
+from vallum.core.events import AnyEvent, SensorStatus
+from vallum.core.scope import BY_NODE, Attribution, Scope
+
+State = Literal["watching", "degraded", "blind"]
+"""What a living sensor says of itself."""
+
+
+def make_status(sensor: str, scope: Scope, state: State, detail: str, dropped: int = 0) -> SensorStatus:
+    """What ``sensor`` says of itself now, for the cell or step of ``scope``."""
+    return SensorStatus(
+        t_ns=wall_ns(),
+        mono_ns=mono_ns(),
+        scope=scope,
+        attribution=BY_NODE,
+        sensor=sensor,
+        state=state,
+        detail=detail,
+        dropped=dropped,
+    )
 
 
 class Hooks(Protocol):

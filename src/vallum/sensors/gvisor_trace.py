@@ -24,14 +24,13 @@ import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.errors import RecordError
-from vallum.core.events import AnyEvent, Process, ProcessExited, ProcessStarted, SensorStatus
-from vallum.core.scope import BY_NODE, Attribution, Scope
+from vallum.core.events import AnyEvent, Process, ProcessExited, ProcessStarted
+from vallum.core.scope import Attribution, Scope
 from vallum.sensors import procfs
-from vallum.sensors.base import Hooks
+from vallum.sensors.base import Hooks, State, make_status
 
 SENSOR = "gvisor_trace"
 _SEVERAL = 0.3
@@ -175,22 +174,13 @@ class GvisorTrace:
             watched.told_dropped = lost
             self._status(cell, "degraded", "reports of the cell's kernel were lost; steps cannot be told for sure")
 
-    def _status(self, cell: str, state: Literal["watching", "degraded", "blind"], detail: str) -> None:
+    def _status(self, cell: str, state: State, detail: str) -> None:
         watched = self._cells.get(cell)
         if watched is None:
             return
         self._emit(
             cell,
-            SensorStatus(
-                t_ns=wall_ns(),
-                mono_ns=mono_ns(),
-                scope=watched.scope,
-                attribution=BY_NODE,
-                sensor=SENSOR,
-                state=state,
-                detail=detail,
-                dropped=watched.dropped(),
-            ),
+            make_status(SENSOR, watched.scope, state, detail, watched.dropped()),
         )
 
     def _emit(self, cell: str, event: AnyEvent) -> None:

@@ -17,15 +17,14 @@ import ipaddress
 import socket
 import struct
 from dataclasses import dataclass
-from typing import Literal
 
 from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.errors import RecordError
-from vallum.core.events import AnyEvent, PacketDropped, SensorStatus
+from vallum.core.events import AnyEvent, PacketDropped
 from vallum.core.ports import Attributor
-from vallum.core.scope import BY_NODE, Attribution, Scope
+from vallum.core.scope import Attribution, Scope
 from vallum.sensors import netlink
-from vallum.sensors.base import Hooks
+from vallum.sensors.base import Hooks, State, make_status
 
 SENSOR = "nflog"
 NFULNL_PACKET = 4 << 8
@@ -306,19 +305,8 @@ class NflogReader:
                 "degraded", "packets came faster than they could be told apart; they were dropped all the same"
             )
 
-    def _status(self, state: Literal["watching", "degraded", "blind"], detail: str) -> None:
-        self._emit(
-            SensorStatus(
-                t_ns=wall_ns(),
-                mono_ns=mono_ns(),
-                scope=self._scope,
-                attribution=BY_NODE,
-                sensor=SENSOR,
-                state=state,
-                detail=detail,
-                dropped=self.dropped,
-            )
-        )
+    def _status(self, state: State, detail: str) -> None:
+        self._emit(make_status(SENSOR, self._scope, state, detail, self.dropped))
 
     def _emit(self, event: AnyEvent) -> None:
         try:

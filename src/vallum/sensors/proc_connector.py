@@ -17,14 +17,13 @@ import asyncio
 import errno
 import socket
 from dataclasses import dataclass, field
-from typing import Literal
 
 from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.errors import ControlMissing, RecordError
-from vallum.core.events import AnyEvent, Process, ProcessExited, ProcessStarted, SensorStatus
+from vallum.core.events import AnyEvent, Process, ProcessExited, ProcessStarted
 from vallum.core.scope import BY_NODE, Attribution, Scope
 from vallum.sensors import netlink, procfs
-from vallum.sensors.base import Hooks
+from vallum.sensors.base import Hooks, State, make_status
 from vallum.sensors.proc_connector_priv import close_connector, open_connector
 from vallum.sensors.proc_events import Exec, Exit, Fork, ProcEvent, parse
 
@@ -344,22 +343,13 @@ class ProcConnector:
 
     # -- telling ---------------------------------------------------------------------------------
 
-    def _status(self, cell: str, state: Literal["watching", "degraded", "blind"], detail: str) -> None:
+    def _status(self, cell: str, state: State, detail: str) -> None:
         watched = self._cells.get(cell)
         if watched is None:
             return
         self._emit(
             cell,
-            SensorStatus(
-                t_ns=wall_ns(),
-                mono_ns=mono_ns(),
-                scope=watched.scope,
-                attribution=BY_NODE,
-                sensor=SENSOR,
-                state=state,
-                detail=detail,
-                dropped=self.dropped,
-            ),
+            make_status(SENSOR, watched.scope, state, detail, self.dropped),
         )
 
     def _emit(self, cell: str, event: AnyEvent) -> None:

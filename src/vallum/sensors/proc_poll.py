@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.errors import RecordError
-from vallum.core.events import AnyEvent, ProcessExited, ProcessStarted, SensorStatus
-from vallum.core.scope import BY_NODE, Attribution, Scope
+from vallum.core.events import AnyEvent, ProcessExited, ProcessStarted
+from vallum.core.scope import Attribution, Scope
 from vallum.sensors import procfs
-from vallum.sensors.base import Hooks
+from vallum.sensors.base import Hooks, make_status
 
 SENSOR = "proc_poll"
 INTERVAL_S = 0.1
@@ -56,14 +56,11 @@ class ProcPoll:
         self._cells[cell] = _Watched(pids, scope, procfs.read_uid_map(root_pid))
         self._emit(
             cell,
-            SensorStatus(
-                t_ns=wall_ns(),
-                mono_ns=mono_ns(),
-                scope=scope,
-                attribution=BY_NODE,
-                sensor=SENSOR,
-                state="degraded",
-                detail=f"processes are looked for every {INTERVAL_S:g} s while a step is open: {self._why}",
+            make_status(
+                SENSOR,
+                scope,
+                "degraded",
+                f"processes are looked for every {INTERVAL_S:g} s while a step is open: {self._why}",
             ),
         )
 
