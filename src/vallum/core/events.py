@@ -18,7 +18,7 @@ from vallum.core.verdict import Severity, Verdict
 
 SCHEMA_VERSION = 1
 
-Protocol = Literal["http", "tls", "ssh", "stratum", "dns", "socks", "unknown"]
+Protocol = Literal["http", "http2", "tls", "ssh", "stratum", "dns", "socks", "unknown"]
 """What the first bytes of a flow are, whatever its port says. ``unknown`` also stands for no bytes yet."""
 
 
@@ -99,7 +99,7 @@ class StepOpened(Event, frozen=True, tag="step.opened"):
     """What happens from here on in this cgroup is charged to the step."""
 
     cause: str
-    """``exec``, ``session``, ``block`` (several commands in one step), ``file`` or ``tool_call``."""
+    """``exec``, ``session``, ``block`` (several commands in one step), ``file`` or ``tool_call`` (a reply of the model)."""
     cgroup_id: int | None
     """Inode of the step's cgroup v2 directory; None where lineage replaces it."""
 
@@ -126,6 +126,10 @@ class ToolCall(Event, frozen=True, tag="tool.call"):
     """``exec``, ``session.run``, or the tool's name."""
     arguments: str
     """JSON, e.g. ``{"argv": [...], "cwd": ..., "user": ...}`` or ``{"command": "..."}``."""
+    source: str = "sdk"
+    """Where it was seen: ``sdk`` (a client asked the node), ``model`` (a reply that the model gateway passed on)."""
+    model_call: str = ""
+    """The ``model.call`` whose reply proposed it, where the model gateway saw that."""
 
 
 class ToolResult(Event, frozen=True, tag="tool.result"):
@@ -185,6 +189,176 @@ class Flow(Event, frozen=True, tag="net.flow"):
     """Up to 128 first bytes of the guest, escaped, of a denied flow: evidence."""
     socket_step: int | None = None
     """Step whose cgroup is on the socket, where it is not the step charged."""
+    phase: str = "run"
+    """``setup`` or ``run``."""
+    ja4: str = ""
+    """Fingerprint of a TLS ClientHello (FoxIO JA4), empty for other protocols."""
+    alpn: list[str] = []
+    """Protocols that the ClientHello offered."""
+    inspected: bool = False
+    """The gateway ended the guest's TLS or parsed every request: each has an ``http.request`` event."""
+
+
+class HttpRequest(Event, frozen=True, tag="http.request"):
+    """A request that the gateway read: when decided (before its first byte leaves), and once more when an allowed one ended."""
+
+    state: Literal["opened", "closed", "denied"]
+    flow: str
+    """Id of the ``net.flow`` that carries it."""
+    request: str
+    """Id that the opened and closed events of one request share."""
+    verdict: Verdict
+    rule: str
+    reason: str
+    method: str
+    scheme: Literal["http", "https"]
+    host: str
+    port: int
+    path: str
+    """Path and query, escaped, secrets redacted; cut at 2,000 characters."""
+    status: int | None = None
+    bytes_out: int = 0
+    """Body bytes guest -> outside that really left."""
+    bytes_in: int = 0
+    credential: str = ""
+    """Name of the credential that was injected."""
+    service: str = "forward"
+    """Who answered: ``forward`` (the server), ``packages`` (through the cache), ``model``, ``tools``, ``gateway`` (refused)."""
+    upgrade: str = ""
+    """``websocket`` once both sides agreed on it."""
+    messages_out: int = 0
+    """WebSocket messages guest -> outside."""
+    messages_in: int = 0
+    phase: str = "run"
+
+
+class PackageFetched(Event, frozen=True, tag="package.fetched"):
+    """A package file that the guest asked a granted index for."""
+
+    ecosystem: str
+    """``pypi``, ``npm``, ``debian``."""
+    name: str
+    version: str
+    digest: str
+    """``sha256:...`` of the bytes that the guest was given, as the gateway counted them."""
+    bytes: int
+    source: Literal["index", "cache"]
+    flow: str
+    published_ns: int | None = None
+    """When the index says it was published (nanoseconds since the epoch), where it says so."""
+
+
+class ModelCall(Event, frozen=True, tag="model.call"):
+    """A call of a model through the model gateway: when let through or denied, and once more when answered.
+
+    The closing event is written before the last bytes of the answer reach the agent.
+    """
+
+    state: Literal["opened", "closed", "denied"]
+    call: str
+    """Id that the events of one call share."""
+    verdict: Verdict
+    rule: str
+    reason: str
+    dialect: str
+    """``chat``, ``responses``, ``messages`` or ``gemini``."""
+    model: str
+    """As asked for."""
+    model_used: str = ""
+    """As sent upstream."""
+    upstream: str = ""
+    """Origin of the upstream, ``scripted`` or ``replay``."""
+    stream: bool = False
+    branch: str = ""
+    """Id of the conversation: a chain of message hashes that goes on. A compaction or a sub-agent begins another one."""
+    parent: str = ""
+    """``call`` whose reply this one goes on from; empty at the start of a branch."""
+    agent: str = ""
+    """What the client's own headers say which of its agents asks; not evidence."""
+    retry_of: str = ""
+    """The call whose answer was given again."""
+    messages: str = ""
+    """JSON list: what is new since ``parent``, in the unified form of ``vallum.gateway.model.messages``. Opening event only."""
+    reply: str = ""
+    """JSON: the answer in the unified form. Closing event only."""
+    tools: str = ""
+    """JSON list of tool definitions, when they differ from the parent's. Opening event only."""
+    stripped: list[str] = []
+    """Provider-hosted tools, remote MCP servers and URL contents that were taken out."""
+    tool_calls: list[str] = []
+    """Ids of the tool calls in the reply."""
+    steps: list[int] = []
+    """The steps that they opened, in the same order."""
+    finish: str = ""
+    """``stop``, ``tool_calls``, ``length``, ``filtered`` or ``error``."""
+    status: int | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    cost_usd_micros: int | None = None
+    prompt_token_ids: list[int] | None = None
+    completion_token_ids: list[int] | None = None
+    logprobs: list[float] | None = None
+    duration_ns: int = 0
+    overhead_ns: int = 0
+    """Of that, what the gateway itself took."""
+    policy_version: str = ""
+    """Version of the weights, where the upstream says so."""
+
+
+class McpCall(Event, frozen=True, tag="mcp.call"):
+    """A call of a tool of an MCP server through the door, decided before it left."""
+
+    state: Literal["closed", "denied"]
+    server: str
+    """Host of the server, or ``tools`` for the node's own."""
+    tool: str
+    arguments: str
+    """JSON, secrets redacted; cut at 8,000 characters."""
+    verdict: Verdict
+    rule: str
+    reason: str
+    flow: str
+    is_error: bool = False
+    result_bytes: int = 0
+    duration_ns: int = 0
+
+
+class ApprovalRequested(Event, frozen=True, tag="approval.requested"):
+    """An action waits for a person. Nothing of it has left."""
+
+    approval: str
+    """Id for ``vallum approve`` and ``vallum deny``."""
+    subject: str
+    """What is asked, in one line."""
+    rule: str
+    flow: str
+    timeout_s: float
+
+
+class ApprovalDecided(Event, frozen=True, tag="approval.decided"):
+    """A held action was decided."""
+
+    approval: str
+    verdict: Verdict
+    by: str
+    """User name (and uid) of who decided, or ``timeout``, ``cell-closed``."""
+    why: str
+    waited_ns: int
+
+
+class RulesChanged(Event, frozen=True, tag="rules.changed"):
+    """Other rules, or another phase, hold for a cell from now on."""
+
+    phase: str
+    """``setup`` or ``run``."""
+    rules: list[str]
+    """Every rule, one readable line each."""
+    digest: str
+    """``sha256:...`` of the rules."""
+    by: str
+    """``sdk``, ``cli`` or ``phase``."""
+    flows_cut: int = 0
 
 
 class DnsQuery(Event, frozen=True, tag="dns.query"):
@@ -351,6 +525,13 @@ AnyEvent = (
     | ProcessStarted
     | ProcessExited
     | Flow
+    | HttpRequest
+    | PackageFetched
+    | ModelCall
+    | McpCall
+    | ApprovalRequested
+    | ApprovalDecided
+    | RulesChanged
     | DnsQuery
     | PacketDropped
     | FileWrite

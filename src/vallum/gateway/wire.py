@@ -18,6 +18,8 @@ import msgspec
 
 from vallum.core.events import AnyEvent, Process
 from vallum.core.scope import Attribution, Scope
+from vallum.core.verdict import Decision
+from vallum.gateway.kit import Kit
 from vallum.rules.grants import Ruleset
 
 MAX_FRAME = 16 * 1024 * 1024
@@ -41,6 +43,7 @@ class AddCell(Frame, frozen=True, tag="add_cell"):
     rules: Ruleset
     tcp: int
     dns: int
+    kit: Kit = Kit()
 
 
 class RemoveCell(Frame, frozen=True, tag="remove_cell"):
@@ -50,10 +53,112 @@ class RemoveCell(Frame, frozen=True, tag="remove_cell"):
 
 
 class UpdateRules(Frame, frozen=True, tag="update_rules"):
-    """Node: judge by these from now on; flows that they deny are cut."""
+    """Node: judge by these from now on; flows that they deny are cut. Answered with how many were."""
 
     cell: str
     rules: Ruleset
+    kit: Kit | None = None
+    """None keeps the kit as it is."""
+
+
+class ProposedCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool call in a model's reply."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class OpenSteps(Frame, frozen=True, tag="open_steps"):
+    """Gateway: a reply with these calls is about to reach the agent of the cell; open a step for each (write-ahead).
+
+    Answered with :class:`StepsOpened` once their records are written and the agent's runtime has been put where its
+    children will be charged to them. The steps of an earlier reply of the same ``branch`` are closed first.
+    """
+
+    cell: str
+    branch: str
+    model_call: str
+    calls: tuple[ProposedCall, ...]
+    agent: str = ""
+
+
+class StepsOpened(Frame, frozen=True, tag="steps_opened"):
+    """Node: the answer to :class:`OpenSteps`, in the order of its calls."""
+
+    steps: tuple[int, ...]
+
+
+class CloseSteps(Frame, frozen=True, tag="close_steps"):
+    """Gateway: the branch has gone on (its next request has come, or it ended): its steps are over. Answered ``Done``."""
+
+    cell: str
+    branch: str
+
+
+class StopAgent(Frame, frozen=True, tag="stop_agent"):
+    """Gateway: freeze the cell; a 404 is sent only after ``Done``."""
+
+    cell: str
+    reason: str
+
+
+class Hold(Frame, frozen=True, tag="hold"):
+    """Gateway: this waits for a person. Answered with :class:`Decided`, at the latest when its time is over.
+
+    The node records the request and the decision.
+    """
+
+    cell: str
+    subject: str
+    rule: str
+    flow: str
+    timeout_s: float
+    src: tuple[str, int] | None = None
+    dst: tuple[str, int] | None = None
+
+
+class Decided(Frame, frozen=True, tag="decided"):
+    """Node: what became of a :class:`Hold`. A timeout denies."""
+
+    decision: Decision
+
+
+class CallTool(Frame, frozen=True, tag="call_tool"):
+    """Gateway: the guest calls a tool of the host. Answered with :class:`ToolAnswered`."""
+
+    cell: str
+    name: str
+    arguments: str
+    flow: str
+
+
+class ToolAnswered(Frame, frozen=True, tag="tool_answered"):
+    """Node: what the tool said; JSON of an MCP ``CallToolResult``."""
+
+    result: str
+
+
+class ServeRequest(Frame, frozen=True, tag="serve_request"):
+    """Node: answer this HTTP request of a client on the host as if it had come through the cell's model door.
+
+    How an agent that runs outside of the cell has its model calls judged, budgeted and recorded like any other's.
+    """
+
+    cell: str
+    method: str
+    target: str
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+
+class Served(Frame, frozen=True, tag="served"):
+    """Gateway: the answer to :class:`ServeRequest`."""
+
+    status: int
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
 
 
 class Ping(Frame, frozen=True, tag="ping"):
@@ -97,8 +202,20 @@ class Failed(Frame, frozen=True, tag="failed"):
     error: str
 
 
-FromNode = AddCell | RemoveCell | UpdateRules | Ping | Attributed | Done | Failed
-FromGateway = Attribute | Append | Done | Failed
+FromNode = (
+    AddCell
+    | RemoveCell
+    | UpdateRules
+    | Ping
+    | ServeRequest
+    | Attributed
+    | StepsOpened
+    | Decided
+    | ToolAnswered
+    | Done
+    | Failed
+)
+FromGateway = Attribute | Append | OpenSteps | CloseSteps | StopAgent | Hold | CallTool | Served | Done | Failed
 
 
 class Channel:

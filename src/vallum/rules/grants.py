@@ -27,6 +27,31 @@ def _network(text: str) -> Network:
     return ipaddress.ip_network(text)
 
 
+class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much one grant may be used in one episode; None is no limit. What is over is denied with rule ``budget``."""
+
+    bytes_out: int | None = None
+    """Payload bytes guest -> outside over all its flows."""
+    bytes_in: int | None = None
+    connections: int | None = None
+    """Open at once."""
+    connections_per_minute: int | None = None
+    requests_per_minute: int | None = None
+    """Of requests that the gateway reads."""
+    request_bytes: int | None = None
+    """Body of one request."""
+
+
+class Selector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """For whom a rule is; shell patterns, None is everybody."""
+
+    run: str | None = None
+    episode: str | None = None
+    agent: str | None = None
+    steps: tuple[int, int | None] | None = None
+    """First and last step (both included; last None: all after)."""
+
+
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One ``[[allow]]`` or ``[[deny]]``. Exactly one of ``host`` and ``cidr`` is set."""
 
@@ -39,6 +64,47 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """None stands for every port; an empty tuple for none."""
     protocols: tuple[Protocol, ...] | None = None
     """None: by port for a grant (see :meth:`protocols_for`), every one for a denial."""
+    phase: Literal["setup", "run"] | None = None
+    """None: both."""
+    selector: Selector | None = None
+    methods: tuple[str, ...] | None = None
+    """HTTP methods, upper case. With this or any field below, the gateway reads every request (and ends TLS)."""
+    paths: tuple[str, ...] | None = None
+    """Patterns of paths: ``*`` within one segment, ``**`` across segments."""
+    when: str = ""
+    """CEL condition over ``flow``, ``request``, ``scope``, ``phase``, ``now`` (see docs/rules.md)."""
+    credential: str = ""
+    """Name of the credential that is put into its requests."""
+    service: Literal["forward", "packages"] = "forward"
+    git: Literal["", "read", "write"] = ""
+    """Only git's smart HTTP protocol (or git over SSH), to fetch or also to push."""
+    tools: tuple[str, ...] | None = None
+    """Only MCP over HTTP, and only calls of tools that match these patterns."""
+    websocket: bool = False
+    """Whether a request may become a WebSocket."""
+    ssh: tuple[Literal["exec", "shell", "sftp", "git-read", "git-write"], ...] = ()
+    """What an SSH session may ask for, on a grant that admits ssh. Forwarding is never granted."""
+    budget: Budget | None = None
+    source: str = ""
+    """File or bundle that it came from, for explanations."""
+
+    @property
+    def reads_requests(self) -> bool:
+        """Whether it can only be judged by reading requests, so that TLS has to be ended by the gateway."""
+        per_request = self.budget is not None and (
+            self.budget.requests_per_minute is not None or self.budget.request_bytes is not None
+        )
+        return bool(
+            self.methods is not None
+            or self.paths is not None
+            or self.credential
+            or self.service != "forward"
+            or self.git
+            or self.tools is not None
+            or self.websocket
+            or "request" in self.when
+            or per_request
+        )
 
     @property
     def is_exact(self) -> bool:
@@ -90,7 +156,13 @@ class Ruleset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     containment: Containment = "standard"
     allow: tuple[Rule, ...] = ()
+    hold: tuple[Rule, ...] = ()
+    """Grants that a person is asked about each time."""
     deny: tuple[Rule, ...] = ()
+
+    def find(self, rule: str) -> Rule | None:
+        """The rule with that id, as decisions name it; None for a built-in one (``default-deny``, ``metadata``...)."""
+        return next((r for r in (*self.deny, *self.hold, *self.allow) if r.id == rule), None)
 
     def describe(self) -> list[str]:
         """Every rule, one readable line each."""

@@ -52,6 +52,31 @@ class FlowFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Why the first bytes cannot be let through whatever they are for (malformed, CONNECT...)."""
 
 
+class Asker(msgspec.Struct, frozen=True, kw_only=True):
+    """Who asks, for rules that are for somebody: what the node says, never the guest."""
+
+    run: str = ""
+    episode: str = ""
+    agent: str = ""
+    step: int | None = None
+    phase: str = "run"
+
+
+class RequestFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one request inside an admitted flow."""
+
+    method: str
+    scheme: str
+    host: str
+    port: int
+    path: str
+    """Without query, percent-decoded once and normalised (no ``.`` or ``..`` segments, no empty ones): what is judged is what is sent."""
+    query: str = ""
+    length: int | None = None
+    upgrade: str = ""
+    content_type: str = ""
+
+
 def may_connect(rules: Ruleset, facts: FlowFacts) -> Decision:
     """Whether any rule could allow this destination, whatever the first bytes turn out to be."""
     return judge_flow(rules, msgspec.structs.replace(facts, protocol=None))
@@ -93,6 +118,18 @@ def judge_flow(rules: Ruleset, facts: FlowFacts) -> Decision:
         failures.append(decision)
     # The protocol was right but the name was not: that says more than the other way round.
     return next((d for d in failures if d.rule != "protocol-mismatch"), failures[0])
+
+
+def reads_requests(rules: Ruleset, facts: FlowFacts) -> bool:
+    """Whether an admitted flow must be read request by request: some rule that could apply to it says so."""
+    usable, _ = _usable(rules, facts, canonical(facts.dst_ip))
+    return any(rule.reads_requests for rule in usable)
+
+
+def judge_request(rules: Ruleset, facts: FlowFacts, request: RequestFacts) -> Decision:
+    """The verdict on one request of an admitted flow; ``decision.rule`` is the grant whose credential and service hold."""
+    named = msgspec.structs.replace(facts, server_name=normalise_name(request.host))
+    return judge_flow(rules, named)
 
 
 def judge_query(rules: Ruleset, qname: str, qtype: str = "A") -> Decision:

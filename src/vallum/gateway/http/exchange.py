@@ -1,0 +1,128 @@
+"""One request and its answer, the same for HTTP/1.1 and HTTP/2, in clear or inside TLS that the gateway ended.
+
+A *server* (``server1``, ``server2``) reads requests from a guest and makes exchanges; a *service* answers them:
+``forward`` (the granted server), ``packages``, ``model``, ``tools``. A service is only called after the request was
+judged and its opening record acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Literal, Protocol
+
+import msgspec
+
+from vallum.core.verdict import Decision
+from vallum.gateway.cell import GatewayCell, Owner
+from vallum.rules.verdicts import FlowFacts
+
+Headers = tuple[tuple[bytes, bytes], ...]
+"""Names in lower case, in the order sent, without those that belong to the connection (RFC 9110 7.6.1) and without
+``transfer-encoding``; ``host`` is in :attr:`RequestHead.host`."""
+
+MAX_HEAD_BYTES = 64 * 1024
+MAX_HEADERS = 256
+
+
+class RequestHead(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request asks for."""
+
+    method: str
+    scheme: Literal["http", "https"]
+    host: str
+    """Normalised name, or an address without brackets."""
+    port: int
+    target: str
+    """Path and query in origin form, as sent (not decoded)."""
+    headers: Headers
+    version: Literal["1.0", "1.1", "2"]
+    length: int | None = None
+    """Content-Length; None when the body is of unknown length or there is none."""
+    upgrade: str = ""
+    """``websocket`` when the request asks for it."""
+
+    @property
+    def path(self) -> str:
+        """The target without its query."""
+        return self.target.partition("?")[0]
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first header of that name (lower case)."""
+        return next((value for key, value in self.headers if key == name), None)
+
+
+class Carrier(Protocol):
+    """The flow that carries requests."""
+
+    id: str
+    cell: GatewayCell
+    facts: FlowFacts
+
+    async def owner(self) -> Owner:
+        """Who opened it. Raises NodeGoneError."""
+        ...
+
+
+class Exchange(Protocol):
+    """A request that waits for its answer."""
+
+    id: str
+    head: RequestHead
+    carrier: Carrier
+
+    def body(self) -> AsyncIterator[bytes]:
+        """The request's body, as it comes; ends at its end. Reading it slows the guest down.
+
+        Raises:
+            GuestGoneError: the guest went away or broke the protocol; nothing more may be sent upstream.
+        """
+        ...
+
+    async def read_body(self, limit: int) -> bytes:
+        """All of the body.
+
+        Raises:
+            BodyTooLargeError: it has more than ``limit`` bytes.
+            GuestGoneError: as :meth:`body`.
+        """
+        ...
+
+    async def start(self, status: int, headers: Headers, *, length: int | None) -> None:
+        """Send the answer's head. ``length`` None: the body ends with :meth:`end`."""
+        ...
+
+    async def send(self, data: bytes) -> None:
+        """Send a piece of the answer's body; waits while the guest does not read."""
+        ...
+
+    async def end(self) -> None:
+        """The answer is complete."""
+        ...
+
+    async def abort(self, reason: str) -> None:
+        """Cut the answer off so that the guest can tell (RST_STREAM, or the connection closed)."""
+        ...
+
+    async def refuse(self, decision: Decision, status: int = 403) -> None:
+        """Answer ``status`` with the rule and the reason in words, if the head was not sent yet; else :meth:`abort`."""
+        ...
+
+
+class GuestGoneError(Exception):
+    """The guest went away, or what it sent is not HTTP."""
+
+
+class BodyTooLargeError(Exception):
+    """A body is larger than the service reads."""
+
+
+class Service(Protocol):
+    """Answers exchanges."""
+
+    async def serve(self, exchange: Exchange) -> None:
+        """Answer it. The request was allowed and recorded as opened before; the caller records its end.
+
+        Raises:
+            GuestGoneError, OSError, NodeGoneError: it could not be finished; the caller aborts and records.
+        """
+        ...
