@@ -1,0 +1,196 @@
+"""A live cell as its client sees it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Literal
+
+from vallum.client import wire
+from vallum.client.command import ExecResult, OnOutput, Process
+from vallum.client.connection import Connection
+from vallum.client.session import SessionOpener
+from vallum.client.snapshots import FilesChanged, Snapshot, name_of, read_diff, read_snapshot
+from vallum.core.errors import InvalidInput
+
+
+class Sandbox:
+    """A live cell."""
+
+    def __init__(self, connection: Connection, made: wire.SandboxMade) -> None:
+        self._connection = connection
+        self.id = made.sandbox
+        self.run = made.run
+        self.episode = made.episode
+        self.pid = made.pid
+        """Host pid of the cell's PID 1."""
+        self.rootless = made.rootless
+        self._step: int | None = None
+        self.used: wire.Used | None = None
+        """What it used, once closed."""
+
+    async def exec(
+        self,
+        argv: Sequence[str | bytes],
+        *,
+        timeout_s: float | None = None,
+        stdin: bytes | str | None = None,
+        environ: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        tool_call: str | None = None,
+        step: int | None = None,
+        on_output: OnOutput | None = None,
+    ) -> ExecResult:
+        """Run a command; one step of its own unless inside :meth:`step` or ``step=`` is given.
+
+        Returns when the command itself ends; what it left running goes on, charged to the step.
+
+        Raises:
+            StepTimeout: its time was up; everything it started is gone. ``error.partial`` has what it wrote.
+            InvalidInput: unknown user, no such directory, a NUL byte in an argument.
+            CellGone: the cell has ended.
+        """
+        process = self.start(
+            argv,
+            timeout_s=timeout_s,
+            stdin=stdin,
+            environ=environ,
+            cwd=cwd,
+            user=user,
+            tool_call=tool_call,
+            step=step,
+            on_output=on_output,
+        )
+        return await process.wait()
+
+    def start(
+        self,
+        argv: Sequence[str | bytes],
+        *,
+        timeout_s: float | None = None,
+        stdin: bytes | str | None = None,
+        interactive: bool = False,
+        pty: bool = False,
+        rows: int = 24,
+        columns: int = 80,
+        environ: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        tool_call: str | None = None,
+        step: int | None = None,
+        on_output: OnOutput | None = None,
+    ) -> Process:
+        """Like :meth:`exec`, but gives the running command: feed it, signal it, wait for it."""
+        if not argv:
+            raise InvalidInput("the command is empty: give at least the program's name")
+        request = wire.Exec(
+            seq=self._connection.next_seq(),
+            sandbox=self.id,
+            argv=[os.fsencode(a) for a in argv],
+            step=self._step if step is None else step,
+            tool_call=tool_call,
+            environ=dict(environ or {}),
+            cwd=cwd,
+            user=user,
+            stdin=stdin.encode() if isinstance(stdin, str) else stdin,
+            interactive=interactive,
+            timeout_s=timeout_s,
+            stream=on_output is not None,
+            pty=pty,
+            rows=rows,
+            columns=columns,
+        )
+        return Process(self._connection, request, on_output)
+
+    def session(
+        self, *, environ: Mapping[str, str] | None = None, cwd: str | None = None, user: str | None = None
+    ) -> SessionOpener:
+        """A persistent shell: ``async with sb.session() as sh: await sh.run("cd /tmp && ls")``."""
+        request = wire.OpenSession(
+            seq=self._connection.next_seq(), sandbox=self.id, environ=dict(environ or {}), cwd=cwd, user=user
+        )
+        return SessionOpener(self, self._connection, request)
+
+    @asynccontextmanager
+    async def step(self, *, tool_call: str | None = None) -> AsyncIterator[int]:
+        """Charge every command in the block to one step. Yields its index."""
+        if self._step is not None:
+            raise InvalidInput(f"step {self._step} is still open: steps of a sandbox object do not nest")
+        index = await self._connection.call(
+            wire.OpenStep(seq=self._connection.next_seq(), sandbox=self.id, tool_call=tool_call), int
+        )
+        self._step = index
+        try:
+            yield index
+        finally:
+            self._step = None
+            await self._connection.call(
+                wire.CloseStep(seq=self._connection.next_seq(), sandbox=self.id, step=index), type(None)
+            )
+
+    @property
+    def current_step(self) -> int | None:
+        """The step that an open :meth:`step` block charges to."""
+        return self._step
+
+    async def read_file(self, path: str, *, user: str | None = None, limit_bytes: int = 100 * 1024 * 1024) -> bytes:
+        """Content of a regular file, resolved inside the cell.
+
+        Raises:
+            GuestFileError: ``errno_name`` says why (ENOENT, EACCES, EISDIR, EFBIG...).
+        """
+        request = wire.ReadFile(
+            seq=self._connection.next_seq(), sandbox=self.id, path=path, user=user, limit_bytes=limit_bytes
+        )
+        return await self._connection.call(request, bytes)
+
+    async def write_file(self, path: str, data: bytes | str, *, user: str | None = None, mode: int = 0o644) -> None:
+        """Write a file inside the cell, with missing parent directories.
+
+        Raises:
+            GuestFileError: ``errno_name`` says why.
+        """
+        raw = data.encode() if isinstance(data, str) else bytes(data)
+        request = wire.WriteFile(
+            seq=self._connection.next_seq(), sandbox=self.id, path=path, data=raw, user=user, mode=mode
+        )
+        await self._connection.call(request, type(None))
+
+    async def snapshot(self, *, processes: Literal["freeze", "end"] = "freeze") -> Snapshot:
+        """Seal the cell's files as they are now; :meth:`Node.fork` makes new cells of them. The cell goes on.
+
+        Files only. Processes and their memory are not kept: with ``freeze`` they stand still for the moment of
+        copying and go on, with ``end`` they (and open sessions) are killed first, so that no file is caught halfway.
+        Takes time and disk in proportion to what the cell has written so far. Recorded, with a digest over every
+        path, owner, mode and content, and with what changed since the snapshot before.
+
+        Raises:
+            CellGone: the cell has ended.
+            SandboxError: it could not be copied (disk full, say); nothing half-made is left, and the cell goes on.
+        """
+        request = wire.Snapshot(seq=self._connection.next_seq(), sandbox=self.id, processes=processes)
+        return read_snapshot(await self._connection.call(request, wire.SnapshotInfo))
+
+    async def diff(self, since: int | Snapshot | str | None = None) -> FilesChanged:
+        """Files that were added, changed or removed since a moment; recorded as events, too.
+
+        Args:
+            since: None: since the cell began (a fork: since it was forked). A snapshot of this cell. Or the number of
+                a step after which a snapshot or diff of this cell was made: the latest such moment.
+
+        Raises:
+            InvalidInput: the files were not kept at that moment.
+            CellGone: the cell has ended.
+        """
+        moment = since if since is None or isinstance(since, int) else name_of(since)
+        request = wire.Diff(seq=self._connection.next_seq(), sandbox=self.id, since=moment)
+        return read_diff(await self._connection.call(request, wire.FilesChanged))
+
+    async def close(self, *, exit_code: int | None = None) -> None:
+        """End the cell. Everything in it is killed and its layer deleted."""
+        if self.used is None:
+            request = wire.CloseSandbox(seq=self._connection.next_seq(), sandbox=self.id, exit_code=exit_code)
+            closed = await self._connection.call(request, wire.SandboxClosed)
+            self.used = closed.used
