@@ -19,7 +19,9 @@ import re
 from dataclasses import dataclass
 
 from vallum.core.events import Protocol
-from vallum.gateway import clienthello, minerpc
+from vallum.gateway import minerpc
+from vallum.gateway.tls import clienthello
+from vallum.gateway.tls.ja4 import fingerprint
 from vallum.rules.names import normalise_name
 
 MAX_BYTES = 16 * 1024
@@ -46,6 +48,8 @@ class Sniffed:
     name_hidden: bool = False
     """An encrypted ClientHello is inside."""
     alpn: tuple[str, ...] = ()
+    ja4: str = ""
+    """Fingerprint of the ClientHello (JA4)."""
     refused: str = ""
     """Why it may not pass even where the protocol is granted: malformed, unfinished, CONNECT..."""
 
@@ -175,6 +179,7 @@ def _read_tls(reader: clienthello.HelloReader, data: bytearray) -> Sniffed | Non
         server_name=normalise_name(hello.server_name) if hello.server_name else None,
         name_hidden=hello.encrypted,
         alpn=hello.alpn,
+        ja4=fingerprint(hello),
     )
 
 

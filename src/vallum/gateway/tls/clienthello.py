@@ -1,15 +1,19 @@
 """A TLS ClientHello, read strictly: anything a server might read differently than we do is malformed.
 
-Source: RFC 8446 sections 4.1.2 and 5.1, RFC 6066 section 3, RFC 7301 section 3.1, RFC 9849 (ECH).
+Covered: SNI, ALPN, ECH and ESNI, versions, cipher suites, extensions and signature algorithms as offered.
+Not covered: what is inside an encrypted ClientHello; a second ClientHello after a HelloRetryRequest.
+
+Source: RFC 8446 sections 4.1.2, 4.2.1, 4.2.3 and 5.1, RFC 6066 section 3, RFC 7301 section 3.1, RFC 9849 (ECH).
 """
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 MAX_RECORD = 16384
 MAX_HELLO = 16384
-_SNI, _ALPN, _ESNI, _ECH = 0, 16, 0xFFCE, 0xFE0D
+_SNI, _SIGNATURES, _ALPN, _VERSIONS, _ESNI, _ECH = 0, 13, 16, 43, 0xFFCE, 0xFE0D
 
 
 class NotTlsError(Exception):
@@ -28,6 +32,17 @@ class ClientHello:
     alpn: tuple[str, ...]
     encrypted: bool
     """ECH or ESNI is present (a browser's GREASE cannot be told from the real one)."""
+    version: int = 0x0303
+    """The legacy version field."""
+    versions: tuple[int, ...] = ()
+    """Of ``supported_versions``, in the order sent, with GREASE, as the lists below."""
+    ciphers: tuple[int, ...] = ()
+    extensions: tuple[int, ...] = ()
+    """Their types."""
+    signatures: tuple[int, ...] = ()
+    """Signature schemes."""
+    first_alpn: bytes = b""
+    """The first protocol of :attr:`alpn`, as sent."""
 
 
 class _Reader:
@@ -115,34 +130,65 @@ def _wanted(message: bytes) -> int | None:
 
 
 def _read_hello(hello: _Reader) -> ClientHello:
-    if hello.number(2) >> 8 != 3:
+    version = hello.number(2)
+    if version >> 8 != 3:
         raise MalformedError("its version is not TLS")
     hello.take(32)
     if len(hello.vector(1).data) > 32:
         raise MalformedError("its session id is too long")
-    ciphers = hello.vector(2).data
-    if len(ciphers) < 2 or len(ciphers) % 2:
-        raise MalformedError("its cipher suites are not a list")
+    ciphers = _read_numbers(hello.vector(2), "its cipher suites are not a list")
     if not hello.vector(1).data:
         raise MalformedError("it has no compression method")
-    server_name: str | None = None
-    alpn: tuple[str, ...] = ()
-    seen: set[int] = set()
+    bodies = _read_extensions(hello)
+    server_name = _read_names(bodies[_SNI]) if _SNI in bodies else None
+    protocols = _read_alpn(bodies[_ALPN]) if _ALPN in bodies else []
+    versions: tuple[int, ...] = ()
+    if _VERSIONS in bodies:
+        versions = _read_numbers(_only(bodies[_VERSIONS], 1), "its versions are not a list")
+    signatures: tuple[int, ...] = ()
+    if _SIGNATURES in bodies:
+        signatures = _read_numbers(_only(bodies[_SIGNATURES], 2), "its signature schemes are not a list")
+    return ClientHello(
+        server_name,
+        tuple(protocol.decode("ascii", "backslashreplace") for protocol in protocols[:32]),
+        bool(bodies.keys() & {_ECH, _ESNI}),
+        version=version,
+        versions=versions,
+        ciphers=ciphers,
+        extensions=tuple(bodies),
+        signatures=signatures,
+        first_alpn=protocols[0] if protocols else b"",
+    )
+
+
+def _read_extensions(hello: _Reader) -> dict[int, _Reader]:
+    bodies: dict[int, _Reader] = {}
+    if not hello.has_more():
+        return bodies
+    extensions = hello.vector(2)
     if hello.has_more():
-        extensions = hello.vector(2)
-        if hello.has_more():
-            raise MalformedError("bytes follow its extensions")
-        while extensions.has_more():
-            kind = extensions.number(2)
-            body = extensions.vector(2)
-            if kind in seen:
-                raise MalformedError("an extension comes twice")
-            seen.add(kind)
-            if kind == _SNI:
-                server_name = _read_names(body)
-            elif kind == _ALPN:
-                alpn = _read_alpn(body)
-    return ClientHello(server_name, alpn, bool(seen & {_ECH, _ESNI}))
+        raise MalformedError("bytes follow its extensions")
+    while extensions.has_more():
+        kind = extensions.number(2)
+        if kind in bodies:
+            raise MalformedError("an extension comes twice")
+        bodies[kind] = extensions.vector(2)
+    return bodies
+
+
+def _only(body: _Reader, size: int) -> _Reader:
+    """The one vector that an extension consists of."""
+    inner = body.vector(size)
+    if body.has_more():
+        raise MalformedError("bytes follow a list in an extension")
+    return inner
+
+
+def _read_numbers(body: _Reader, otherwise: str) -> tuple[int, ...]:
+    data = body.data
+    if len(data) < 2 or len(data) % 2:
+        raise MalformedError(otherwise)
+    return struct.unpack(f"!{len(data) // 2}H", data)
 
 
 def _read_names(body: _Reader) -> str:
@@ -161,11 +207,11 @@ def _read_names(body: _Reader) -> str:
     return text
 
 
-def _read_alpn(body: _Reader) -> tuple[str, ...]:
+def _read_alpn(body: _Reader) -> list[bytes]:
     protocols = body.vector(2)
     found = []
     while protocols.has_more():
-        found.append(protocols.vector(1).data.decode("ascii", "backslashreplace"))
+        found.append(protocols.vector(1).data)
     if body.has_more() or not found:
         raise MalformedError("its ALPN is not a list")
-    return tuple(found[:32])
+    return found
