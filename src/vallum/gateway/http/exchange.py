@@ -8,12 +8,14 @@ judged and its opening record acknowledged.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import msgspec
 
 from vallum.core.verdict import Decision
 from vallum.gateway.cell import GatewayCell, Owner
+from vallum.gateway.stream import Stream
 from vallum.rules.verdicts import FlowFacts
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -63,12 +65,30 @@ class Carrier(Protocol):
         ...
 
 
+@dataclass
+class Tally:
+    """What an exchange came to, for the record of its end."""
+
+    status: int | None = None
+    bytes_out: int = 0
+    """Body bytes that a service really sent outside; the service counts them."""
+    bytes_in: int = 0
+    """Body bytes given to the guest; the exchange counts them."""
+    credential: str = ""
+    upgrade: str = ""
+    messages_out: int = 0
+    messages_in: int = 0
+
+
 class Exchange(Protocol):
     """A request that waits for its answer."""
 
     id: str
     head: RequestHead
     carrier: Carrier
+    decision: Decision
+    """The verdict on it; ``decision.rule`` names the grant whose credential and service hold."""
+    tally: Tally
 
     def body(self) -> AsyncIterator[bytes]:
         """The request's body, as it comes; ends at its end. Reading it slows the guest down.
@@ -99,6 +119,14 @@ class Exchange(Protocol):
         """The answer is complete."""
         ...
 
+    async def switch(self, headers: Headers) -> Stream:
+        """Answer 101 with these headers; from here on it is bytes both ways, and ``end`` is not called.
+
+        Raises:
+            NoUpgradeError: this exchange cannot (HTTP/2, or the guest did not ask for it).
+        """
+        ...
+
     async def abort(self, reason: str) -> None:
         """Cut the answer off so that the guest can tell (RST_STREAM, or the connection closed)."""
         ...
@@ -106,6 +134,10 @@ class Exchange(Protocol):
     async def refuse(self, decision: Decision, status: int = 403) -> None:
         """Answer ``status`` with the rule and the reason in words, if the head was not sent yet; else :meth:`abort`."""
         ...
+
+
+class NoUpgradeError(Exception):
+    """The exchange cannot become a stream of bytes both ways."""
 
 
 class GuestGoneError(Exception):
@@ -125,4 +157,8 @@ class Service(Protocol):
         Raises:
             GuestGoneError, OSError, NodeGoneError: it could not be finished; the caller aborts and records.
         """
+        ...
+
+    def close(self) -> None:
+        """The flow is over: let go of what was kept for it (connections to servers). More than once is no error."""
         ...
