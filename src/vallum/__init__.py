@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from vallum import sync
 from vallum.client.face import EventView, ExecResult, Node, Process, Sandbox, Session
+from vallum.client.model import Model, ModelBudget, ModelPrice
 from vallum.client.snapshots import FileChange, FilesChanged, Snapshot
 from vallum.core.errors import (
     CellGone,
@@ -43,6 +44,9 @@ __all__ = [
     "GuestFileError",
     "InvalidInput",
     "Limits",
+    "Model",
+    "ModelBudget",
+    "ModelPrice",
     "Node",
     "NodeError",
     "Process",

@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from vallum.client.model import Model
 from vallum.core.limits import Limits
 
 PROTOCOL = 1
@@ -34,6 +35,26 @@ class Hello(Request, frozen=True, tag="hello"):
 
     protocol: int
     version: str
+
+
+Phase = Literal["setup", "run"]
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What holds at a cell's door beside its rules; see :meth:`vallum.Node.sandbox`."""
+
+    phase: Phase = "run"
+    agent: str = ""
+    """Name of the agent, for rules that are for one agent."""
+    model: Model | None = None
+    canaries: dict[str, bytes] = {}
+    """Name -> bytes that must not leave any cell of the run."""
+    plant_canaries: bool = False
+    """Put a file of false keys into the cell, which are canaries."""
+    credentials: list[str] | None = None
+    """Names of the stored credentials that its rules may use; None: those that they name."""
+    approval_timeout_s: float = 300.0
+    package_min_age_s: float = 0.0
 
 
 class CreateSandbox(Request, frozen=True, tag="sandbox.create"):
@@ -58,6 +79,7 @@ class CreateSandbox(Request, frozen=True, tag="sandbox.create"):
     command: list[str]
     """For the run's first record; empty for SDK runs."""
     root: Literal["plain", "owner"] = "plain"
+    control: Control = Control()
 
 
 class ForkSandbox(Request, frozen=True, tag="sandbox.fork"):
@@ -75,6 +97,8 @@ class ForkSandbox(Request, frozen=True, tag="sandbox.fork"):
     environ: dict[str, str]
     user: str | None
     workdir: str | None
+    control: Control | None = None
+    """None: phase ``run``, and the agent and credentials of the parent."""
 
 
 class Snapshot(Request, frozen=True, tag="snapshot.make"):
@@ -230,6 +254,48 @@ class Events(Request, frozen=True, tag="events"):
     limit: int
 
 
+class SetPhase(Request, frozen=True, tag="sandbox.phase"):
+    """Go from ``setup`` to ``run``. Answer: how many open flows were cut."""
+
+    sandbox: str
+    phase: Phase
+
+
+class UpdateRules(Request, frozen=True, tag="rules.update"):
+    """Other rules for one cell (of this client), or for every cell of a run (of any client of this owner).
+
+    All or none: rules that cannot be used for one of the cells change nothing. Answer: :class:`RulesUpdated`.
+    """
+
+    sandbox: str | None
+    run: str | None
+    containment: str | None
+    allow: list[str]
+    rules: str | None
+    rules_name: str
+    by: Literal["sdk", "cli"]
+
+
+class ListApprovals(Request, frozen=True, tag="approvals.list"):
+    """What waits for a person. Answer: :class:`ApprovalPage`, at once or when it is another than ``seen``."""
+
+    sandbox: str | None
+    """Only of this cell."""
+    seen: int
+    """Revision of the page that is known already; -1: none."""
+    wait_s: float
+
+
+class Decide(Request, frozen=True, tag="approvals.decide"):
+    """Allow or deny what waits. Answer: :class:`ApprovalInfo` of it."""
+
+    approval: str
+    verdict: Literal["allow", "deny"]
+    why: str
+    always: bool
+    """With ``allow``: the rule asks no more in this run."""
+
+
 class Status(Request, frozen=True, tag="status"):
     """Answer: :class:`NodeStatus`."""
 
@@ -260,6 +326,10 @@ AnyRequest = (
     | ReadFile
     | WriteFile
     | Events
+    | SetPhase
+    | UpdateRules
+    | ListApprovals
+    | Decide
     | Status
     | Stop
 )
@@ -362,6 +432,41 @@ class Ran(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     duration_ns: int
     timed_out: bool
+
+
+class RulesUpdated(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer to :class:`UpdateRules`."""
+
+    cells: list[str]
+    digest: str
+    """``sha256:...`` of the rules."""
+    flows_cut: int
+
+
+class ApprovalInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A held action. What a guest chose in it (``subject``) is hostile text: escape it."""
+
+    id: str
+    sandbox: str
+    run: str
+    episode: str
+    step: int | None
+    subject: str
+    rule: str
+    flow: str
+    asked_ns: int
+    """Wall clock, nanoseconds since the epoch."""
+    timeout_s: float
+    can_always: bool
+    """Whether there is a rule that could stop asking."""
+
+
+class ApprovalPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer to :class:`ListApprovals`."""
+
+    revision: int
+    pending: list[ApprovalInfo]
+    """The oldest first."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,9 @@ from typing import Literal
 
 import msgspec
 
+from vallum.client.model import ModelBudget as ModelBudget
+from vallum.client.model import ModelPrice as ModelPrice
+
 Phase = Literal["setup", "run"]
 ServiceName = Literal["forward", "packages", "model", "tools"]
 
@@ -48,22 +51,6 @@ class Authority(msgspec.Struct, frozen=True, kw_only=True):
 
     certificate_pem: bytes
     key_pem: bytes
-
-
-class ModelPrice(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model costs, in micro-dollars per million tokens."""
-
-    prompt_usd_micros: int = 0
-    completion_usd_micros: int = 0
-    cached_usd_micros: int = 0
-
-
-class ModelBudget(msgspec.Struct, frozen=True, kw_only=True):
-    """How much one episode may use; None is no limit. What would exceed it is denied with rule ``model-budget``."""
-
-    calls: int | None = None
-    tokens: int | None = None
-    usd_micros: int | None = None
 
 
 class ModelDoor(msgspec.Struct, frozen=True, kw_only=True):
