@@ -114,18 +114,26 @@ class Sandbox:
         return SessionOpener(self, self._connection, request)
 
     @asynccontextmanager
-    async def step(self, *, tool_call: str | None = None) -> AsyncIterator[int]:
-        """Charge every command in the block to one step. Yields its index."""
-        if self._step is not None:
+    async def step(self, *, tool_call: str | None = None, is_current: bool = True) -> AsyncIterator[int]:
+        """Charge every command in the block to one step. Yields its index.
+
+        Args:
+            tool_call: how the harness names what the step does.
+            is_current: whether commands that name no ``step=`` of their own are charged to it. Where several tasks use
+                one sandbox object side by side, give False and pass the index to each command.
+        """
+        if is_current and self._step is not None:
             raise InvalidInput(f"step {self._step} is still open: steps of a sandbox object do not nest")
         index = await self._connection.call(
             wire.OpenStep(seq=self._connection.next_seq(), sandbox=self.id, tool_call=tool_call), int
         )
-        self._step = index
+        if is_current:
+            self._step = index
         try:
             yield index
         finally:
-            self._step = None
+            if is_current:
+                self._step = None
             await self._connection.call(
                 wire.CloseStep(seq=self._connection.next_seq(), sandbox=self.id, step=index), type(None)
             )
