@@ -46,7 +46,7 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True):
     value: bytes
 
 
-class Authority(msgspec.Struct, frozen=True, kw_only=True):
+class Authority(msgspec.Struct, frozen=True, kw_only=True, weakref=True):
     """The run's certificate authority, with which the gateway ends TLS where a rule needs to see requests."""
 
     certificate_pem: bytes
@@ -98,6 +98,10 @@ class Kit(msgspec.Struct, frozen=True, kw_only=True):
     credentials: tuple[Credential, ...] = ()
     canaries: tuple[Canary, ...] = ()
     authority: Authority | None = None
+    upstream_roots: bytes = b""
+    """PEM: certificate authorities that granted servers may be signed by, beside those that the system trusts."""
+    verify_upstream: bool = True
+    """Whether the server of a TLS flow that is only relayed has to show a certificate for the granted name first."""
     model: ModelDoor | None = None
     tools: tuple[HostTool, ...] = ()
     package_min_age_s: float = 0.0
