@@ -222,13 +222,11 @@ class World:
                 self.transport.sendto(response.to_wire(), addr)
 
         self.dns, _ = await asyncio.get_running_loop().create_datagram_endpoint(Dns, sock=sock)
-        self.link = await GatewayLink.start(
-            uid=65534, gid=65534, attribute=self.attribute, emit=self.emit, on_death=self.deaths.append
-        )
+        self.link = await GatewayLink.start(uid=65534, gid=65534, node=self, on_death=self.deaths.append)
         tcp, udp = self.doors()
         await self.link.add_cell("c1", run="r1", episode="e1", rules=rules, tcp=tcp, dns=udp)
 
-    def attribute(self, cell, *, protocol, src, dst):
+    async def attribute(self, cell, *, protocol, src, dst):
         if self.attribution_fails:
             raise LookupError("cannot tell")
         return Scope(run="r1", episode="e1", step=3), Attribution(method="cgroup"), None, None

@@ -14,7 +14,9 @@ import dns.rcode
 from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.events import AnyEvent, DnsQuery, Process
 from vallum.core.scope import Attribution, Scope
+from vallum.core.text import show
 from vallum.core.verdict import Decision, fail_closed
+from vallum.gateway import kit as kits
 from vallum.gateway.dns import MAX_MESSAGE, Query, read_query, write_answer, write_failure, write_refusal
 from vallum.gateway.door import (
     Datagram,
@@ -25,14 +27,19 @@ from vallum.gateway.door import (
     send_datagram,
     unpack_address,
 )
-from vallum.gateway.names import CellNames, HostResolver, LookupTemporarilyFailedError
+from vallum.gateway.kit import Kit, ServiceName
+from vallum.gateway.names import CellNames, HostResolver, LookupTemporarilyFailedError, find_service, stand_ins_of
+from vallum.gateway.wire import ProposedCall
 from vallum.rules.grants import Ruleset
-from vallum.rules.verdicts import judge_query
+from vallum.rules.names import is_under
+from vallum.rules.verdicts import Asker, judge_query
 
 MAX_FLOWS = 1024
 """Flows of one cell at once; further connections wait in the kernel's queue."""
 MAX_QUERIES = 64
 """DNS queries of one cell at once; further ones wait in the socket and are lost when it is full."""
+GATEWAY_SERVICE = "gateway-service"
+"""The rule of decisions on the gateway's own names and addresses."""
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +71,51 @@ class Node(Protocol):
         """Id of the event once it is written. Raises NodeGoneError when it was not."""
         ...
 
+    async def open_steps(
+        self,
+        cell: str,
+        *,
+        branch: str,
+        model_call: str,
+        calls: Sequence[ProposedCall],
+        agent: str = "",
+        pid: int | None = None,
+    ) -> tuple[int, ...]:
+        """See :class:`vallum.gateway.wire.OpenSteps`: a step for each call, in their order. Raises NodeGoneError."""
+        ...
+
+    async def close_steps(self, cell: str, branch: str) -> None:
+        """See :class:`vallum.gateway.wire.CloseSteps`. Raises NodeGoneError."""
+        ...
+
+    async def stop_agent(self, cell: str, reason: str) -> None:
+        """Returns when the cell stands still (:class:`vallum.gateway.wire.StopAgent`). Raises NodeGoneError."""
+        ...
+
+    async def hold(
+        self,
+        cell: str,
+        *,
+        subject: str,
+        rule: str,
+        flow: str,
+        timeout_s: float,
+        src: Endpoint | None = None,
+        dst: Endpoint | None = None,
+    ) -> Decision:
+        """Wait for a person's decision; a timeout denies. Cancelling it ends the hold. Raises NodeGoneError."""
+        ...
+
+    async def call_tool(self, cell: str, *, name: str, arguments: str, flow: str) -> str:
+        """JSON of an MCP ``CallToolResult`` (:class:`vallum.gateway.wire.CallTool`). Raises NodeGoneError."""
+        ...
+
 
 class CutFlow(Protocol):
     """A flow that is open."""
 
-    def rejudge(self) -> None:
-        """The rules have changed: end unless they still allow it."""
+    def rejudge(self) -> bool:
+        """The rules have changed: end unless they still allow it. Whether it ends."""
         ...
 
 
@@ -83,6 +129,7 @@ class GatewayCell:
         run: str,
         episode: str | None,
         rules: Ruleset,
+        kit: Kit,
         tcp: Sequence[socket.socket],
         dns: Sequence[socket.socket],
         node: Node,
@@ -94,6 +141,7 @@ class GatewayCell:
         self.run = run
         self.episode = episode
         self.rules = rules
+        self.kit = kit
         self.node = node
         self.names = CellNames(resolver)
         self.flows: set[CutFlow] = set()
@@ -115,11 +163,27 @@ class GatewayCell:
         """The cell itself, for facts whose step the node could not tell."""
         return Owner(Scope(run=self.run, episode=self.episode), Attribution(method="netns"), None, None)
 
-    def update_rules(self, rules: Ruleset) -> None:
-        """Judge by ``rules`` from now on, open flows too."""
+    def asker(self, owner: Owner | None = None) -> Asker:
+        """Who asks, for rules that are for somebody. Without ``owner`` the step is not known."""
+        return Asker(
+            run=self.run,
+            episode=self.episode or "",
+            agent=self.kit.agent,
+            step=owner.scope.step if owner is not None else None,
+            phase=self.kit.phase,
+        )
+
+    def offers(self, service: ServiceName) -> bool:
+        """Whether the cell has that service of the gateway's own."""
+        if service == "model":
+            return self.kit.model is not None
+        return service == "tools" and bool(self.kit.tools)
+
+    def update_rules(self, rules: Ruleset, kit: Kit | None = None) -> int:
+        """Judge by ``rules`` (and ``kit``, None: the one there is) from now on, open flows too. How many of those were cut."""
         self.rules = rules
-        for flow in list(self.flows):
-            flow.rejudge()
+        self.kit = kit or self.kit
+        return sum(flow.rejudge() for flow in list(self.flows))
 
     async def close(self) -> None:
         """Close the doors, cut every flow, and return when each has said so to the record (at most 3 s)."""
@@ -207,7 +271,7 @@ class GatewayCell:
             return write_failure(query, query.rcode)
         answers: list[str] = []
         try:
-            decision = judge_query(self.rules, query.qname, query.qtype)
+            decision = self._judge_own(query) or judge_query(self.rules, query.qname, query.qtype)
             decision_ns = mono_ns() - started_ns
             attribution = asyncio.create_task(self.attribute(transport, src, dst))
             try:
@@ -230,10 +294,24 @@ class GatewayCell:
             return write_failure(query, dns.rcode.SERVFAIL)
         return answer
 
+    def _judge_own(self, query: Query) -> Decision | None:
+        """The verdict on a name of the gateway's own zone; None for every other name."""
+        name = query.qname.lower()
+        if name != kits.ZONE and not is_under(name, kits.ZONE):
+            return None
+        service = find_service(name)
+        if service is not None and self.offers(service):
+            return Decision(verdict="allow", rule=GATEWAY_SERVICE, reason=f"{name} is the gateway's own")
+        return Decision(verdict="deny", rule=GATEWAY_SERVICE, reason=f"{show(name)} is not offered to this cell")
+
     async def _resolve(self, query: Query, decision: Decision, *, udp: bool) -> tuple[Decision, list[str], bytes]:
         if not query.wants_addresses:
             return decision, [], write_answer(query, [], exists=True, udp=udp)
         name = query.qname.lower()
+        if (service := find_service(name)) is not None:
+            own = stand_ins_of(service)
+            family = [ip for ip in own if (":" in ip) == (query.qtype == "AAAA")]
+            return decision, family, write_answer(query, own, exists=True, udp=udp)
         try:
             found = await self.names.resolve(name, self.rules)
         except LookupTemporarilyFailedError as error:

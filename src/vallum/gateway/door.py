@@ -12,6 +12,7 @@ _IP_PKTINFO = 8
 _IPV6_PKTINFO = 50
 _IPV6_RECVPKTINFO = 49
 _IPV6_FREEBIND = 78
+_ESTABLISHED = 1
 _RST = struct.pack("ii", 1, 0)
 
 Endpoint = tuple[str, int]
@@ -46,6 +47,15 @@ def reset(conn: socket.socket) -> None:
         pass  # the guest was faster
     finally:
         conn.close()
+
+
+def has_left(conn: socket.socket) -> bool:
+    """Whether the guest sends no more on a connection (closed, half closed or reset), whatever is still unread."""
+    try:
+        state = conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    except OSError:
+        return True
+    return state != _ESTABLISHED
 
 
 def keep_alive(conn: socket.socket) -> None:

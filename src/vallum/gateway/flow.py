@@ -22,14 +22,16 @@ from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.events import Flow, Protocol
 from vallum.core.text import keep, show
 from vallum.core.verdict import Decision, fail_closed
-from vallum.gateway.cell import GatewayCell, NodeGoneError, Owner
-from vallum.gateway.door import Endpoint, endpoint, keep_alive, original_destination, reset
+from vallum.gateway.cell import GATEWAY_SERVICE, GatewayCell, NodeGoneError, Owner
+from vallum.gateway.door import Endpoint, endpoint, has_left, keep_alive, original_destination, reset
+from vallum.gateway.http.inspection import inspect
 from vallum.gateway.http1 import Http1Watch, RefusedError
-from vallum.gateway.names import Pinned
+from vallum.gateway.kit import SERVICE_PORT, ServiceName
+from vallum.gateway.names import Pinned, host_of, service_at
 from vallum.gateway.own import is_own
 from vallum.gateway.relay import Counters, Guard, HoldingGuard, OpenGuard, UnknownGuard, relay
 from vallum.gateway.sniff import MAX_BYTES, Sniffed, Sniffer
-from vallum.rules.verdicts import FlowFacts, admits_server_first, judge_flow, may_connect
+from vallum.rules.verdicts import FlowFacts, Pin, admits_server_first, judge_flow, may_connect, reads_requests
 
 EVIDENCE_GRACE_S = 0.005
 """How long a refusal waits for the guest's first bytes: evidence, and how to phrase it."""
@@ -42,6 +44,7 @@ FREE_PIECES = 8
 DRIP_S = 0.005
 """How much longer each further piece of a beginning is waited for before it is read."""
 CONNECT_TIMEOUT_S = 10.0
+GUEST_GONE_CHECK_S = 0.5
 MAX_EVIDENCE_BYTES = 128
 _MAX_DNS_MESSAGES = 256
 
@@ -95,7 +98,12 @@ class GatewayFlow:
         wanted = original_destination(conn)
         self.is_led_here = wanted is not None
         self.dst = wanted or endpoint(conn.getsockname())
+        self.service = service_at(self.dst[0])
+        """The gateway's own service that is meant, if one is."""
         self.pinned: Pinned = cell.names.pinned(self.dst[0])
+        if self.service is not None:
+            name = host_of(self.service)
+            self.pinned = Pinned(self.dst[0], {name: Pin(name=name, local=True)})
         self.facts = FlowFacts(
             dst_ip=self.pinned.upstream,
             dst_port=self.dst[1],
@@ -106,6 +114,7 @@ class GatewayFlow:
         self.head = b""
         self.counters = Counters()
         self.is_recorded = False
+        self.is_inspected = False
         self._owner = asyncio.create_task(cell.attribute("tcp", peer, self.dst))
         self._server: socket.socket | None = None
         self._cut: Decision | None = None
@@ -119,12 +128,38 @@ class GatewayFlow:
         if self._server is not None:
             reset(self._server)
 
-    def rejudge(self) -> None:
-        """The rules have changed: cut it unless they still allow it."""
-        decision = judge_flow(self.cell.rules, self.facts)
-        if decision.verdict != "allow" and self._task is not None and self._cut is None:
+    async def owner(self) -> Owner:
+        """Who opened it.
+
+        Raises:
+            NodeGoneError: nobody can say.
+        """
+        return await asyncio.shield(self._owner)
+
+    def rejudge(self) -> bool:
+        """The rules have changed: cut it unless they still allow it. Whether it is cut."""
+        decision = self._judge()
+        # What was held was allowed by a person.
+        if decision.verdict == "deny" and self._task is not None and self._cut is None:
             self._cut = decision
             self._task.cancel()
+            return True
+        return False
+
+    def _judge(self) -> Decision:
+        if self.service is None:
+            return judge_flow(self.cell.rules, self.facts)
+        return self._judge_service(self.service)
+
+    def _judge_service(self, service: ServiceName) -> Decision:
+        name = host_of(service)
+        if not self.cell.offers(service) or self.dst[1] != SERVICE_PORT:
+            reason = f"{name}:{self.dst[1]} is not offered to this cell"
+        elif self.facts.protocol not in {None, "http", "http2"}:
+            reason = f"{name} is plain HTTP on port {SERVICE_PORT}, and this is {self.facts.protocol}"
+        else:
+            return Decision(verdict="allow", rule=GATEWAY_SERVICE, reason=f"{name} is the gateway's own")
+        return Decision(verdict="deny", rule=GATEWAY_SERVICE, reason=reason)
 
     async def serve(self) -> None:
         """From the first question to the last byte."""
@@ -135,8 +170,10 @@ class GatewayFlow:
         if self.dst[1] == 53:
             await self._serve_dns()
             return
-        decision = may_connect(self.cell.rules, self.facts)
-        if decision.verdict != "allow":
+        decision = (
+            may_connect(self.cell.rules, self.facts) if self.service is None else self._judge_service(self.service)
+        )
+        if decision.verdict == "deny":
             self._decided()
             await self._collect_evidence()
             await self._refuse(decision)
@@ -159,7 +196,40 @@ class GatewayFlow:
             await self._refuse(error.decision)
             return
         self._decided()
-        await self._open(judge_flow(self.cell.rules, self.facts), guard, self.head)
+        decision = self._judge()
+        if decision.verdict == "hold" and not self.is_inspected:
+            decision = await self._hold(decision)
+            if decision.verdict != "allow":
+                await self._refuse(decision)
+                return
+        await self._open(decision, guard, self.head)
+
+    async def _hold(self, decision: Decision) -> Decision:
+        """Wait for a person, who may be quicker than the guest is patient: a guest that has gone ends the wait."""
+        await self.owner()
+        asked = asyncio.create_task(
+            self.cell.node.hold(
+                self.cell.id,
+                subject=f"{self.facts.protocol} connection: {decision.reason}",
+                rule=decision.rule,
+                flow=self.id,
+                timeout_s=self.cell.kit.approval_timeout_s,
+                src=self.peer,
+                dst=self.dst,
+            )
+        )
+        try:
+            while not asked.done():
+                await asyncio.wait([asked], timeout=GUEST_GONE_CHECK_S)
+                if not asked.done() and has_left(self.conn):
+                    reason = f"{decision.reason}; the guest left before it was decided"
+                    return Decision(verdict="deny", rule=decision.rule, reason=reason)
+            given = asked.result()
+            return Decision(
+                verdict="allow" if given.verdict == "allow" else "deny", rule=decision.rule, reason=given.reason
+            )
+        finally:
+            asked.cancel()
 
     def _decided(self) -> None:
         self.decision_ns = mono_ns() - self.accepted_ns
@@ -170,7 +240,9 @@ class GatewayFlow:
         """What the guest's first bytes are; or that the server may speak first. ``self.head`` keeps the bytes."""
         loop = asyncio.get_running_loop()
         sniffer = Sniffer()
-        server_first = admits_server_first(self.cell.rules, self.facts)
+        server_first = self.service is None and admits_server_first(self.cell.rules, self.facts)
+        # A server that speaks before its requests are read would answer nobody's.
+        server_first = server_first and not reads_requests(self.cell.rules, self.facts)
         deadline = loop.time() + SNIFF_TIMEOUT_S
         try:
             if server_first:
@@ -205,12 +277,22 @@ class GatewayFlow:
             name_hidden=sniffed.name_hidden,
             refused=sniffed.refused,
         )
-        decision = judge_flow(self.cell.rules, self.facts)
-        if decision.verdict != "allow":
+        decision = self._judge()
+        if decision.verdict == "deny":
             raise RefusedError(decision)
+        self.is_inspected = self._must_read()
+        if self.is_inspected:
+            return OpenGuard()
         if sniffed.protocol == "http":
             return Http1Watch(self._judge_host, {self.dst[0], *self.pinned.names})
         return UnknownGuard() if sniffed.protocol == "unknown" else OpenGuard()
+
+    def _must_read(self) -> bool:
+        """Whether its requests have to be read one by one. HTTP/2 always: its frames cannot be watched in passing."""
+        protocol = self.facts.protocol
+        if self.service is not None or protocol == "http2":
+            return True
+        return protocol in {"http", "tls"} and reads_requests(self.cell.rules, self.facts)
 
     def _judge_host(self, host: str | None) -> Decision:
         return judge_flow(self.cell.rules, msgspec.structs.replace(self.facts, protocol="http", server_name=host))
@@ -267,13 +349,15 @@ class GatewayFlow:
         self.cell.flows.add(self)
         final = decision
         try:
-            again = judge_flow(self.cell.rules, self.facts)
-            if again.verdict != "allow":
+            again = self._judge()
+            if again.verdict == "deny":
                 raise RefusedError(again)  # the rules changed while it was being recorded
-            self._server = await self._connect()
-            keep_alive(self._server)
             keep_alive(self.conn)
-            await relay(self.conn, self._server, guard, self.counters, head)
+            if self.is_inspected:
+                await inspect(self, self.seen, head)
+            else:
+                self._server = await self.connect()
+                await relay(self.conn, self._server, guard, self.counters, head)
             self._close_gently()
         except RefusedError as error:
             final = error.decision
@@ -300,7 +384,12 @@ class GatewayFlow:
             self._server.close()
             self._server = None
 
-    async def _connect(self) -> socket.socket:
+    async def connect(self) -> socket.socket:
+        """A connection to the server that the guest meant; non-blocking, the caller's to close.
+
+        Raises:
+            OSError: it cannot be had (TimeoutError: not within :data:`CONNECT_TIMEOUT_S`).
+        """
         ip, port = self.pinned.upstream, self.dst[1]
         family = socket.AF_INET6 if ":" in ip else socket.AF_INET
         server = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -309,6 +398,7 @@ class GatewayFlow:
         except BaseException:
             server.close()
             raise
+        keep_alive(server)
         return server
 
     # -- DNS over TCP ------------------------------------------------------------------------------------
@@ -388,6 +478,10 @@ class GatewayFlow:
             decision_ns=self.decision_ns or mono_ns() - self.accepted_ns,
             first_bytes=show(keep(self.head[:MAX_EVIDENCE_BYTES]), 4 * MAX_EVIDENCE_BYTES) if state == "denied" else "",
             socket_step=owner.socket_step,
+            phase=self.cell.kit.phase,
+            ja4=self.seen.ja4,
+            alpn=list(self.seen.alpn),
+            inspected=self.is_inspected,
         )
         await self.cell.node.append(self.cell.id, event)
         self.is_recorded = True

@@ -8,31 +8,44 @@ privilege and no file of the node.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from vallum.core.errors import GatewayError, VallumError
-from vallum.core.events import AnyEvent, DnsQuery, Flow, Process
+from vallum.core.events import AnyEvent, DnsQuery, Flow, HttpRequest, McpCall, ModelCall, PackageFetched, Process
 from vallum.core.scope import Attribution, Scope
+from vallum.core.verdict import Decision
+from vallum.gateway.kit import Kit
 from vallum.gateway.wire import (
     AddCell,
     Append,
     Attribute,
     Attributed,
+    CallTool,
     Channel,
+    CloseSteps,
+    Decided,
     Done,
     Failed,
     Frame,
     FromGateway,
+    GiveUp,
+    Hold,
+    OpenSteps,
     Ping,
     RemoveCell,
+    Request,
     Requests,
+    Served,
+    ServeRequest,
+    StepsOpened,
+    StopAgent,
+    ToolAnswered,
     UpdateRules,
 )
 from vallum.rules.grants import Ruleset
@@ -40,19 +53,44 @@ from vallum.rules.grants import Ruleset
 Answer = tuple[Scope, Attribution, Process | None, int | None]
 START_TIMEOUT_S = 15.0
 REQUEST_TIMEOUT_S = 10.0
+SERVE_TIMEOUT_S = 900.0
+"""A model's answer may take its time."""
+_OWN_FACTS = Flow | DnsQuery | HttpRequest | PackageFetched | ModelCall | McpCall
+"""What a gateway may state, of the cells that it serves only."""
+_Answer = TypeVar("_Answer", bound=Frame)
 
 
-class AttributeCall(Protocol):
-    """:meth:`vallum.core.ports.Attributor.attribute`, or a coroutine function like it."""
+class NodeSide(Protocol):
+    """Who answers the gateway. Every method may raise VallumError, OSError, LookupError, ValueError or RuntimeError: the
+    gateway then denies what it asked for."""
 
-    def __call__(
-        self, cell: str, *, protocol: str, src: tuple[str, int], dst: tuple[str, int]
-    ) -> Answer | Awaitable[Answer]:
+    async def attribute(self, cell: str, *, protocol: str, src: tuple[str, int], dst: tuple[str, int]) -> Answer:
         """Who opened the socket ``src`` -> ``dst`` of ``cell``; ``protocol`` is ``tcp`` or ``udp``."""
         ...
 
+    def emit(self, event: AnyEvent) -> int:
+        """Record it; its number once it is written."""
+        ...
 
-EmitCall = Callable[[AnyEvent], int | Awaitable[int]]
+    async def open_steps(self, frame: OpenSteps) -> Sequence[int]:
+        """A step for each of the frame's calls, in their order."""
+        ...
+
+    async def close_steps(self, frame: CloseSteps) -> None:
+        """The steps of the frame's branch are over."""
+        ...
+
+    async def stop_agent(self, frame: StopAgent) -> None:
+        """Return when the cell stands still."""
+        ...
+
+    async def hold(self, frame: Hold) -> Decision:
+        """Ask a person; a timeout denies. Cancelled when the guest has gone or the cell ends."""
+        ...
+
+    async def call_tool(self, frame: CallTool) -> str:
+        """JSON of an MCP ``CallToolResult``. Cancelled when the guest has gone or the cell ends."""
+        ...
 
 
 class GatewayLink:
@@ -62,18 +100,16 @@ class GatewayLink:
         self,
         process: asyncio.subprocess.Process,
         sock: socket.socket,
-        attribute: AttributeCall,
-        emit: EmitCall,
+        node: NodeSide,
         on_death: Callable[[str], None] | None,
     ) -> None:
         self.pid = process.pid
         self._process = process
-        self._attribute = attribute
-        self._emit = emit
+        self._node = node
         self._on_death = on_death
         self._requests = Requests()
         self._cells: dict[str, tuple[str, str | None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._answering: dict[int, tuple[str, asyncio.Task[None]]] = {}
         self._decoder = msgspec.msgpack.Decoder(FromGateway)
         self._stopping = False
         self._channel = Channel(sock, self._on_frame, self._on_end)
@@ -85,15 +121,13 @@ class GatewayLink:
         *,
         uid: int,
         gid: int,
-        attribute: AttributeCall,
-        emit: EmitCall,
+        node: NodeSide,
         on_death: Callable[[str], None] | None = None,
     ) -> GatewayLink:
         """Start the gateway as ``uid``:``gid`` (as root: any; otherwise the caller's own) and wait until it answers.
 
-        ``attribute`` and ``emit`` may be plain or coroutine functions; ``emit`` returns once the event is written, and
-        raises when it was not (then the flow is denied). ``on_death`` is called once with a reason when the gateway ends
-        without :meth:`stop`: its doors are closed by then, so cells have no way out.
+        ``on_death`` is called once with a reason when the gateway ends without :meth:`stop`: its doors are closed by then, so
+        cells have no way out.
 
         Raises:
             GatewayError: it did not start; says why.
@@ -108,10 +142,10 @@ class GatewayLink:
                 cwd="/",
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
             )
-        link = cls(process, ours, attribute, emit, on_death)
+        link = cls(process, ours, node, on_death)
         link._stopping = True  # until it has answered, its end is start's to report
         try:
-            await link._ask(Ping, timeout_s=START_TIMEOUT_S)
+            await link._ask(Done, Ping, timeout_s=START_TIMEOUT_S)
         except GatewayError as error:
             await link.stop()
             raise GatewayError(f"the gateway did not start (exit code {process.returncode}): {error}") from error
@@ -132,6 +166,7 @@ class GatewayLink:
         rules: Ruleset,
         tcp: Sequence[socket.socket],
         dns: Sequence[socket.socket],
+        kit: Kit | None = None,
     ) -> None:
         """Hand over the doors of a cell. The given sockets are closed here whatever happens: were the gateway to die
         while a copy is held, guests would hang instead of being refused.
@@ -142,6 +177,7 @@ class GatewayLink:
         doors = [*tcp, *dns]
         try:
             await self._ask(
+                Done,
                 AddCell,
                 [door.fileno() for door in doors],
                 before=lambda: self._cells.__setitem__(cell, (run, episode)),
@@ -151,6 +187,7 @@ class GatewayLink:
                 rules=rules,
                 tcp=len(tcp),
                 dns=len(dns),
+                kit=kit or Kit(),
             )
         except GatewayError:
             self._cells.pop(cell, None)
@@ -166,17 +203,31 @@ class GatewayLink:
             GatewayError: the gateway has ended or does not answer.
         """
         try:
-            await self._ask(RemoveCell, cell=cell)
+            await self._ask(Done, RemoveCell, cell=cell)
         finally:
             self._cells.pop(cell, None)
+            for owner, task in list(self._answering.values()):
+                if owner == cell:
+                    task.cancel()
 
-    async def update_rules(self, cell: str, rules: Ruleset) -> None:
-        """Judge by ``rules`` from now on; open flows that they deny are cut.
+    async def update_rules(self, cell: str, rules: Ruleset, kit: Kit | None = None) -> int:
+        """Judge by ``rules`` (and ``kit``; None: as before) from now on; open flows that they deny are cut. How many were.
 
         Raises:
             GatewayError: no such cell, or the gateway has ended.
         """
-        await self._ask(UpdateRules, cell=cell, rules=rules)
+        return (await self._ask(Done, UpdateRules, cell=cell, rules=rules, kit=kit)).id
+
+    async def serve_request(
+        self, cell: str, *, method: str, target: str, headers: Sequence[tuple[bytes, bytes]], body: bytes
+    ) -> Served:
+        """Have the cell's model door answer a request of the host (:class:`vallum.gateway.wire.ServeRequest`).
+
+        Raises:
+            GatewayError: no such cell, the gateway has ended, or the door failed.
+        """
+        fields: dict[str, Any] = {"method": method, "target": target, "headers": tuple(headers), "body": body}
+        return await self._ask(Served, ServeRequest, timeout_s=SERVE_TIMEOUT_S, cell=cell, **fields)
 
     async def ping(self) -> None:
         """Return when it answers.
@@ -184,7 +235,7 @@ class GatewayLink:
         Raises:
             GatewayError: it does not.
         """
-        await self._ask(Ping)
+        await self._ask(Done, Ping)
 
     async def stop(self) -> None:
         """End it: doors close, flows are cut. Waits until the process has gone."""
@@ -195,7 +246,7 @@ class GatewayLink:
         except TimeoutError:
             self._process.kill()
             await self._watch
-        for task in list(self._tasks):
+        for _, task in list(self._answering.values()):
             task.cancel()
 
     async def _wait(self) -> None:
@@ -204,13 +255,14 @@ class GatewayLink:
 
     async def _ask(
         self,
+        wanted: type[_Answer],
         kind: type[Frame],
         fds: Sequence[int] = (),
         *,
         timeout_s: float = REQUEST_TIMEOUT_S,
         before: Callable[[], None] | None = None,
         **fields: Any,
-    ) -> None:
+    ) -> _Answer:
         try:
             seq, future = self._requests.open()
             if before is not None:
@@ -225,6 +277,9 @@ class GatewayLink:
             ) from error
         if isinstance(answer, Failed):
             raise GatewayError(answer.error)
+        if not isinstance(answer, wanted):
+            raise GatewayError("the gateway answered something else than it was asked: stop it and start anew")
+        return answer
 
     def _on_frame(self, body: bytes, fds: list[int]) -> None:
         for fd in fds:
@@ -234,46 +289,68 @@ class GatewayLink:
         except msgspec.MsgspecError as error:
             self._kill(f"the gateway sent what is no frame ({error})")
             return
-        if isinstance(frame, Done | Failed):
+        if isinstance(frame, Done | Failed | Served):
             self._requests.settle(frame)
+            return
+        if isinstance(frame, GiveUp):
+            if frame.seq in self._answering:
+                self._answering[frame.seq][1].cancel()
             return
         if fds or not self._may_ask(frame):
             self._kill("the gateway spoke for a cell that it does not serve")
             return
         task = asyncio.create_task(self._answer(frame))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._answering[frame.seq] = frame.cell, task
+        task.add_done_callback(lambda _, seq=frame.seq: self._answering.pop(seq, None))  # type: ignore[misc]
 
-    def _may_ask(self, frame: Attribute | Append) -> bool:
+    def _may_ask(self, frame: Request) -> bool:
+        if frame.seq in self._answering:
+            return False
         owner = self._cells.get(frame.cell)
-        if owner is None or isinstance(frame, Attribute):
+        if owner is None or not isinstance(frame, Append):
             return True  # a cell that was just removed may have asked before; it is answered that it is unknown
         scope = frame.event.scope
-        return isinstance(frame.event, Flow | DnsQuery) and (scope.run, scope.episode) == owner
+        return isinstance(frame.event, _OWN_FACTS) and (scope.run, scope.episode) == owner
 
     def _kill(self, reason: str) -> None:
         if self._process.returncode is None:
             self._process.kill()
         self._channel.close(reason)
 
-    async def _answer(self, frame: Attribute | Append) -> None:
+    async def _answer(self, frame: Request) -> None:
         reply: Frame
         try:
             if frame.cell not in self._cells:
                 raise LookupError(f"no cell {frame.cell} is served")
-            if isinstance(frame, Attribute):
-                found = self._attribute(frame.cell, protocol=frame.protocol, src=frame.src, dst=frame.dst)
-                scope, attribution, process, step = await found if inspect.isawaitable(found) else found
-                reply = Attributed(
-                    seq=frame.seq, scope=scope, attribution=attribution, process=process, socket_step=step
-                )
-            else:
-                number = self._emit(frame.event)
-                reply = Done(seq=frame.seq, id=await number if inspect.isawaitable(number) else number)
+            reply = await self._reply(frame)
         except (VallumError, OSError, LookupError, ValueError, RuntimeError) as error:
             # The gateway denies on this; whoever raised has told the log.
             reply = Failed(seq=frame.seq, error=f"{type(error).__name__}: {error}")
+        except asyncio.CancelledError:
+            self._channel.send(Failed(seq=frame.seq, error="given up"))
+            raise
         self._channel.send(reply)
+
+    async def _reply(self, frame: Request) -> Frame:
+        node = self._node
+        if isinstance(frame, Attribute):
+            scope, attribution, process, step = await node.attribute(
+                frame.cell, protocol=frame.protocol, src=frame.src, dst=frame.dst
+            )
+            return Attributed(seq=frame.seq, scope=scope, attribution=attribution, process=process, socket_step=step)
+        if isinstance(frame, Append):
+            return Done(seq=frame.seq, id=node.emit(frame.event))
+        if isinstance(frame, OpenSteps):
+            return StepsOpened(seq=frame.seq, steps=tuple(await node.open_steps(frame)))
+        if isinstance(frame, Hold):
+            return Decided(seq=frame.seq, decision=await node.hold(frame))
+        if isinstance(frame, CallTool):
+            return ToolAnswered(seq=frame.seq, result=await node.call_tool(frame))
+        if isinstance(frame, CloseSteps):
+            await node.close_steps(frame)
+        else:
+            await node.stop_agent(frame)
+        return Done(seq=frame.seq)
 
     def _on_end(self, reason: str) -> None:
         self._requests.end(reason)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from vallum.core.clock import mono_ns
 from vallum.core.verdict import Decision
+from vallum.gateway.kit import MODEL_HOST, TOOLS_HOST, ServiceName
 from vallum.gateway.own import has_route, is_own
 from vallum.rules.addresses import canonical
 from vallum.rules.grants import Ruleset
@@ -36,6 +37,33 @@ MAX_PINS = 4096
 MAX_ADDRESSES = 16
 _STAND_IN_V4 = int(ipaddress.IPv4Address("198.18.0.0"))
 _STAND_IN_V6 = int(ipaddress.IPv6Address("100::"))
+_SERVICES: dict[str, ServiceName] = {MODEL_HOST: "model", TOOLS_HOST: "tools"}
+_HOSTS: dict[ServiceName, str] = {service: name for name, service in _SERVICES.items()}
+_SERVICE_STAND_INS: dict[ServiceName, list[str]] = {
+    "model": ["198.18.255.1", "100::ffff:1"],
+    "tools": ["198.18.255.2", "100::ffff:2"],
+}
+_SERVICE_OF = {ip: service for service, own in _SERVICE_STAND_INS.items() for ip in own}
+
+
+def find_service(name: str) -> ServiceName | None:
+    """The gateway's own service of that name (normalised), if it is one."""
+    return _SERVICES.get(name)
+
+
+def host_of(service: ServiceName) -> str:
+    """The name of one of the gateway's own services."""
+    return _HOSTS[service]
+
+
+def stand_ins_of(service: ServiceName) -> list[str]:
+    """The addresses that a guest is told for a service; nothing outside has them."""
+    return _SERVICE_STAND_INS[service]
+
+
+def service_at(ip: str) -> ServiceName | None:
+    """The service that a guest means by an address (canonical text)."""
+    return _SERVICE_OF.get(ip)
 
 
 class LookupTemporarilyFailedError(Exception):

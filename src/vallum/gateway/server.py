@@ -6,13 +6,17 @@ Covered: when the control socket ends, the process ends, and with it every door 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import os
 import socket
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
 from vallum.core.events import AnyEvent
+from vallum.core.verdict import Decision
 from vallum.gateway.cell import GatewayCell, NodeGoneError, Owner
 from vallum.gateway.door import Endpoint
 from vallum.gateway.flow import serve_connection
@@ -22,19 +26,36 @@ from vallum.gateway.wire import (
     Append,
     Attribute,
     Attributed,
+    CallTool,
     Channel,
+    CloseSteps,
+    Decided,
     Done,
     Failed,
     Frame,
     FromNode,
+    GiveUp,
+    Hold,
+    OpenSteps,
     Ping,
+    ProposedCall,
     RemoveCell,
     Requests,
+    ServeRequest,
+    StepsOpened,
+    StopAgent,
+    ToolAnswered,
     UpdateRules,
 )
 
 NODE_TIMEOUT_S = 5.0
 """How long an answer of the node may take before what waits for it is denied."""
+STEPS_TIMEOUT_S = 30.0
+TOOL_TIMEOUT_S = 600.0
+_HOLD_GRACE_S = 5.0
+
+_Answer = TypeVar("_Answer", bound=Frame)
+_Order = AddCell | RemoveCell | UpdateRules | Ping | ServeRequest
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +78,7 @@ class GatewayServer:
         Raises:
             NodeGoneError: no answer, or it cannot say.
         """
-        answer = await self._ask(Attribute, cell=cell, protocol=protocol, src=src, dst=dst)
-        if not isinstance(answer, Attributed):
-            raise NodeGoneError("the node answered something else")
+        answer = await self._ask(Attributed, Attribute, cell=cell, protocol=protocol, src=src, dst=dst)
         return Owner(answer.scope, answer.attribution, answer.process, answer.socket_step)
 
     async def append(self, cell: str, event: AnyEvent) -> int:
@@ -68,27 +87,98 @@ class GatewayServer:
         Raises:
             NodeGoneError: it was not.
         """
-        answer = await self._ask(Append, cell=cell, event=event)
-        if not isinstance(answer, Done):
-            raise NodeGoneError("the node answered something else")
-        return answer.id
+        return (await self._ask(Done, Append, cell=cell, event=event)).id
 
-    async def _ask(self, kind: type[Frame], **fields: object) -> Frame:
+    async def open_steps(
+        self,
+        cell: str,
+        *,
+        branch: str,
+        model_call: str,
+        calls: Sequence[ProposedCall],
+        agent: str = "",
+        pid: int | None = None,
+    ) -> tuple[int, ...]:
+        """See :meth:`vallum.gateway.cell.Node.open_steps`."""
+        fields: dict[str, Any] = {
+            "branch": branch,
+            "model_call": model_call,
+            "calls": tuple(calls),
+            "agent": agent,
+            "pid": pid,
+        }
+        answer = await self._ask(StepsOpened, OpenSteps, timeout_s=STEPS_TIMEOUT_S, cell=cell, **fields)
+        if len(answer.steps) != len(calls):
+            raise NodeGoneError(f"the node opened {len(answer.steps)} steps for {len(calls)} calls")
+        return answer.steps
+
+    async def close_steps(self, cell: str, branch: str) -> None:
+        """See :meth:`vallum.gateway.cell.Node.close_steps`."""
+        await self._ask(Done, CloseSteps, timeout_s=STEPS_TIMEOUT_S, cell=cell, branch=branch)
+
+    async def stop_agent(self, cell: str, reason: str) -> None:
+        """See :meth:`vallum.gateway.cell.Node.stop_agent`."""
+        await self._ask(Done, StopAgent, timeout_s=STEPS_TIMEOUT_S, cell=cell, reason=reason)
+
+    async def hold(
+        self,
+        cell: str,
+        *,
+        subject: str,
+        rule: str,
+        flow: str,
+        timeout_s: float,
+        src: Endpoint | None = None,
+        dst: Endpoint | None = None,
+    ) -> Decision:
+        """See :meth:`vallum.gateway.cell.Node.hold`."""
+        wait_s = timeout_s + _HOLD_GRACE_S
+        fields: dict[str, Any] = {
+            "subject": subject,
+            "rule": rule,
+            "flow": flow,
+            "timeout_s": timeout_s,
+            "src": src,
+            "dst": dst,
+        }
+        return (await self._ask(Decided, Hold, timeout_s=wait_s, may_give_up=True, cell=cell, **fields)).decision
+
+    async def call_tool(self, cell: str, *, name: str, arguments: str, flow: str) -> str:
+        """See :meth:`vallum.gateway.cell.Node.call_tool`."""
+        fields: dict[str, Any] = {"name": name, "arguments": arguments, "flow": flow}
+        return (
+            await self._ask(ToolAnswered, CallTool, timeout_s=TOOL_TIMEOUT_S, may_give_up=True, cell=cell, **fields)
+        ).result
+
+    async def _ask(
+        self,
+        wanted: type[_Answer],
+        kind: type[Frame],
+        *,
+        timeout_s: float = NODE_TIMEOUT_S,
+        may_give_up: bool = False,
+        **fields: object,
+    ) -> _Answer:
+        """``may_give_up``: tell the node when nobody waits for the answer any more."""
         try:
             seq, future = self._requests.open()
         except ConnectionError as error:
             raise NodeGoneError(str(error)) from error
         self._channel.send(kind(seq=seq, **fields))
         try:
-            answer = await asyncio.wait_for(future, NODE_TIMEOUT_S)
+            answer = await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
-            raise NodeGoneError(f"the node did not answer in {NODE_TIMEOUT_S:g} s") from None
+            raise NodeGoneError(f"the node did not answer in {timeout_s:g} s") from None
         except ConnectionError as error:
             raise NodeGoneError(str(error)) from error
         finally:
             self._requests.forget(seq)
+            if may_give_up and (not future.done() or future.cancelled()):
+                self._channel.send(GiveUp(seq=seq))
         if isinstance(answer, Failed):
             raise NodeGoneError(answer.error)
+        if not isinstance(answer, wanted):
+            raise NodeGoneError("the node answered something else")
         return answer
 
     def _on_frame(self, body: bytes, fds: list[int]) -> None:
@@ -98,14 +188,14 @@ class GatewayServer:
         except msgspec.MsgspecError as error:
             self._on_end(f"the node sent what is no frame ({error})")
             return
-        if isinstance(frame, Attributed | Done | Failed):
+        if not isinstance(frame, _Order):
             self._requests.settle(frame)
             return
         task = asyncio.create_task(self._obey(frame, doors))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _obey(self, frame: AddCell | RemoveCell | UpdateRules | Ping, doors: list[socket.socket]) -> None:
+    async def _obey(self, frame: _Order, doors: list[socket.socket]) -> None:
         reply: Frame = Done(seq=frame.seq)
         if isinstance(frame, AddCell):
             if frame.cell in self._cells or frame.tcp + frame.dns != len(doors):
@@ -121,10 +211,23 @@ class GatewayServer:
                 await cell.close()
         elif isinstance(frame, UpdateRules):
             if frame.cell in self._cells:
-                self._cells[frame.cell].update_rules(frame.rules)
+                reply = Done(seq=frame.seq, id=self._cells[frame.cell].update_rules(frame.rules, frame.kit))
             else:
                 reply = Failed(seq=frame.seq, error=f"the gateway serves no cell {frame.cell}")
+        elif isinstance(frame, ServeRequest):
+            reply = await self._serve(frame)
         self._channel.send(reply)
+
+    async def _serve(self, frame: ServeRequest) -> Frame:
+        if frame.cell not in self._cells:
+            return Failed(seq=frame.seq, error=f"the gateway serves no cell {frame.cell}")
+        try:
+            door = importlib.import_module("vallum.gateway.services.model")
+            served: Frame = await door.serve_host_request(self._cells[frame.cell], frame)
+        except Exception:  # whatever it failed of, the node is answered
+            log.exception("cell %s: a request of the host failed", frame.cell)
+            return Failed(seq=frame.seq, error="the model door failed; nothing more was sent: see the gateway's log")
+        return served
 
     def _add(self, frame: AddCell, doors: list[socket.socket]) -> None:
         self._cells[frame.cell] = GatewayCell(
@@ -132,6 +235,7 @@ class GatewayServer:
             run=frame.run,
             episode=frame.episode,
             rules=frame.rules,
+            kit=frame.kit,
             tcp=doors[: frame.tcp],
             dns=doors[frame.tcp :],
             node=self,

@@ -27,6 +27,8 @@ from vallum.rules.names import normalise_name
 MAX_BYTES = 16 * 1024
 """Bytes looked at before the beginning is called unfinished."""
 
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+"""How a client begins HTTP/2 without TLS (RFC 9113 section 3.4)."""
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 _MAX_METHOD = 32
 _MAX_EAGER = 32
@@ -155,7 +157,7 @@ class Sniffer:
                 return Sniffed("http", refused="the request line is not HTTP/1")
             return Sniffed("unknown")
         if request[3] != b"1":
-            return Sniffed("http", refused=f"HTTP/{request[3].decode()} without TLS cannot be watched; use HTTP/1.1")
+            return _read_preface(bytes(data))
         head_end = _HEAD_END.search(data, max(end, self._looked - 4))
         self._looked = len(data)
         if head_end is None:
@@ -163,6 +165,12 @@ class Sniffer:
         if start and bytes(data[:start]).strip(b"\r\n"):
             return Sniffed("http", refused="blanks come before the request line")
         return _read_head(request[1], request[2], bytes(data[end + 1 : head_end.end()]))
+
+
+def _read_preface(data: bytes) -> Sniffed | None:
+    if PREFACE.startswith(data[: len(PREFACE)]):
+        return Sniffed("http2") if len(data) >= len(PREFACE) else None
+    return Sniffed("http", refused="this is neither HTTP/1 nor the preface of HTTP/2 (RFC 9113 section 3.4)")
 
 
 def _read_tls(reader: clienthello.HelloReader, data: bytearray) -> Sniffed | None:

@@ -82,6 +82,8 @@ class OpenSteps(Frame, frozen=True, tag="open_steps"):
     model_call: str
     calls: tuple[ProposedCall, ...]
     agent: str = ""
+    pid: int | None = None
+    """Host pid of the process that holds the model connection, as the node said when it attributed it."""
 
 
 class StepsOpened(Frame, frozen=True, tag="steps_opened"):
@@ -123,6 +125,10 @@ class Decided(Frame, frozen=True, tag="decided"):
     """Node: what became of a :class:`Hold`. A timeout denies."""
 
     decision: Decision
+
+
+class GiveUp(Frame, frozen=True, tag="give_up"):
+    """Gateway: whoever waits for the answer to request ``seq`` has gone; what is done for it may end. Not answered itself."""
 
 
 class CallTool(Frame, frozen=True, tag="call_tool"):
@@ -215,7 +221,9 @@ FromNode = (
     | Done
     | Failed
 )
-FromGateway = Attribute | Append | OpenSteps | CloseSteps | StopAgent | Hold | CallTool | Served | Done | Failed
+Request = Attribute | Append | OpenSteps | CloseSteps | StopAgent | Hold | CallTool
+"""What the gateway asks the node."""
+FromGateway = Request | GiveUp | Served | Done | Failed
 
 
 class Channel:

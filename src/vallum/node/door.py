@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vallum.core.errors import GatewayError
-from vallum.gateway.link import AttributeCall, EmitCall, GatewayLink
+from vallum.gateway.kit import Kit
+from vallum.gateway.link import GatewayLink, NodeSide
+from vallum.gateway.wire import Served
 from vallum.node.live import LiveCell
 from vallum.rules.grants import Ruleset
 
@@ -29,9 +31,9 @@ def read_uid_map() -> str:
 class Door:
     """The way out of every cell."""
 
-    def __init__(self, attribute: AttributeCall, emit: EmitCall) -> None:
-        self._attribute = attribute
-        self._emit = emit
+    def __init__(self, node: NodeSide) -> None:
+        """``node`` answers what the gateway asks."""
+        self._node = node
         self._link: GatewayLink | None = None
 
     async def start(self, on_death: Callable[[str], None]) -> dict[str, str]:
@@ -42,9 +44,7 @@ class Door:
         """
         has_own = os.geteuid() == 0 and is_mapped(GATEWAY_ID, read_uid_map())
         uid, gid = (GATEWAY_ID, GATEWAY_ID) if has_own else (os.geteuid(), os.getegid())
-        self._link = await GatewayLink.start(
-            uid=uid, gid=gid, attribute=self._attribute, emit=self._emit, on_death=on_death
-        )
+        self._link = await GatewayLink.start(uid=uid, gid=gid, node=self._node, on_death=on_death)
         if not has_own:
             return {"gateway.user": "degraded: the gateway runs as you, not as a user of its own; run the node as root"}
         return {"gateway.user": "enforced"}
@@ -54,18 +54,40 @@ class Door:
         """Process id of the gateway."""
         return self._link.pid if self._link is not None else None
 
-    async def add(self, live: LiveCell, rules: Ruleset) -> None:
+    async def add(self, live: LiveCell, rules: Ruleset, kit: Kit | None = None) -> None:
         """Serve a cell's doors. They are the gateway's from now on.
 
         Raises:
             GatewayError: nobody serves them; the cell must not be used.
         """
+        doors = live.cell.doors
+        await self._running().add_cell(
+            live.id, run=live.book.run, episode=live.episode, rules=rules, tcp=doors.tcp, dns=doors.dns, kit=kit
+        )
+
+    async def update(self, live: LiveCell, rules: Ruleset, kit: Kit | None = None) -> int:
+        """Judge a cell by other rules (and ``kit``; None: as before) from now on. How many open flows were cut.
+
+        Raises:
+            GatewayError: the gateway has gone (and with it the doors).
+        """
+        return await self._running().update_rules(live.id, rules, kit)
+
+    async def serve_request(
+        self, live: LiveCell, *, method: str, target: str, headers: Sequence[tuple[bytes, bytes]], body: bytes
+    ) -> Served:
+        """Answer a request of the host by the cell's model door.
+
+        Raises:
+            GatewayError: the gateway has gone, or the door failed.
+        """
+        link = self._running()
+        return await link.serve_request(live.id, method=method, target=target, headers=headers, body=body)
+
+    def _running(self) -> GatewayLink:
         if self._link is None:
             raise GatewayError("the gateway is not running, so a cell would have no judge: start the node again")
-        doors = live.cell.doors
-        await self._link.add_cell(
-            live.id, run=live.book.run, episode=live.episode, rules=rules, tcp=doors.tcp, dns=doors.dns
-        )
+        return self._link
 
     async def remove(self, live: LiveCell) -> None:
         """Close a cell's doors and cut its flows; their last events have been recorded on return.

@@ -31,6 +31,7 @@ from vallum.core.events import ContainmentAction, EpisodeEnded, EpisodeStarted, 
 from vallum.core.limits import Limits
 from vallum.core.scope import BY_NODE, Scope, check_id, make_run_id
 from vallum.core.text import show
+from vallum.node.answers import Answers
 from vallum.node.commands import CommandRunner, open_shell, run_in_shell
 from vallum.node.door import Door
 from vallum.node.live import LiveCell
@@ -79,7 +80,8 @@ class House:
         self._images: dict[str, Image] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._watch = Watch(self._recorder, self._find_any, self.contain)
-        self._door = Door(self._watch.questions.ask, self._recorder.emit)
+        self._answers = Answers(self._watch.questions, self._recorder.emit)
+        self._door = Door(self._answers)
         self._snapshots = Snapshots(places.snapshots, backends)
         self.tiers: dict[str, str] = {}
         self.clients = 0
