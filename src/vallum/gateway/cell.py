@@ -80,6 +80,7 @@ class Node(Protocol):
         calls: Sequence[ProposedCall],
         agent: str = "",
         pid: int | None = None,
+        on_host: bool = False,
     ) -> tuple[int, ...]:
         """See :class:`vallum.gateway.wire.OpenSteps`: a step for each call, in their order. Raises NodeGoneError."""
         ...

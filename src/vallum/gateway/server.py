@@ -98,6 +98,7 @@ class GatewayServer:
         calls: Sequence[ProposedCall],
         agent: str = "",
         pid: int | None = None,
+        on_host: bool = False,
     ) -> tuple[int, ...]:
         """See :meth:`vallum.gateway.cell.Node.open_steps`."""
         fields: dict[str, Any] = {
@@ -106,6 +107,7 @@ class GatewayServer:
             "calls": tuple(calls),
             "agent": agent,
             "pid": pid,
+            "on_host": on_host,
         }
         answer = await self._ask(StepsOpened, OpenSteps, timeout_s=STEPS_TIMEOUT_S, cell=cell, **fields)
         if len(answer.steps) != len(calls):

@@ -84,6 +84,8 @@ class OpenSteps(Frame, frozen=True, tag="open_steps"):
     agent: str = ""
     pid: int | None = None
     """Host pid of the process that holds the model connection, as the node said when it attributed it."""
+    on_host: bool = False
+    """A client on the host asked (:class:`ServeRequest`), not the guest."""
 
 
 class StepsOpened(Frame, frozen=True, tag="steps_opened"):
