@@ -1,0 +1,1 @@
+"""Models that the agent can ask: one contract (``base``), one file each."""

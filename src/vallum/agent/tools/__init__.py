@@ -1,0 +1,1 @@
+"""Tools of the reference agent: one contract (``base``), one file each."""
