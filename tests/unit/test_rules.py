@@ -97,7 +97,7 @@ def test_parse_grant(text: str, host: str | None, cidr: str | None, ports: tuple
         ('[[allow]]\nhost = "a.example"\nports = [true]', r"line 3: ports = "),
         ('[[allow]]\nhost = "a.example"\nports = "443"', r"line 3: ports = "),
         ("[[allow]]\nhost = 5", r"line 2: host = 5 is not usable"),
-        ('[[allow]]\nhost = "a.example"\nprotocols = ["tsl"]', r"line 3: protocols = .*http, tls, ssh"),
+        ('[[allow]]\nhost = "a.example"\nprotocols = ["tsl"]', r"line 3: protocols = .*http, http2, tls, ssh"),
         ('[[allow]]\nhost = "a.example"\nid = "x y"', r"line 3: id = "),
         ('allow = "a.example"', r"line 1: 'allow' is not a list of tables: write \[\[allow\]\]"),
         ('containment = "locked"\n[[allow]]\nhost = "a.example"', r"line 2: containment is locked"),

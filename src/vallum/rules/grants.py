@@ -20,6 +20,7 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 DEFAULT_PORTS = (80, 443)
 _BY_PORT: dict[int, tuple[Protocol, ...]] = {443: ("tls",), 80: ("http",), 22: ("ssh",), 53: ("dns",)}
 _OTHER: tuple[Protocol, ...] = ("http", "tls", "unknown")
+_READABLE: frozenset[Protocol] = frozenset({"http", "http2", "tls"})
 
 
 @lru_cache(maxsize=4096)
@@ -41,6 +42,11 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     request_bytes: int | None = None
     """Body of one request."""
 
+    def describe(self) -> str:
+        """The limits that are set."""
+        limits = msgspec.structs.asdict(self)
+        return ", ".join(f"at most {value} {name}" for name, value in limits.items() if value is not None)
+
 
 class Selector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """For whom a rule is; shell patterns, None is everybody."""
@@ -50,6 +56,13 @@ class Selector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     agent: str | None = None
     steps: tuple[int, int | None] | None = None
     """First and last step (both included; last None: all after)."""
+
+    def describe(self) -> str:
+        """Whom it selects."""
+        named = (f"{name} {value}" for name in ("run", "episode", "agent") if (value := getattr(self, name)))
+        first, last = self.steps or (None, None)
+        steps = "" if first is None else f"steps {first} to {last if last is not None else 'the last'}"
+        return "for " + ", ".join([*named, *([steps] if steps else [])])
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,16 +107,18 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         per_request = self.budget is not None and (
             self.budget.requests_per_minute is not None or self.budget.request_bytes is not None
         )
+        return bool(self.narrows_requests or self.credential or self.service != "forward" or per_request)
+
+    @property
+    def narrows_requests(self) -> bool:
+        """Whether it applies to some requests of a flow only."""
         return bool(
             self.methods is not None
             or self.paths is not None
-            or self.credential
-            or self.service != "forward"
             or self.git
             or self.tools is not None
             or self.websocket
             or "request" in self.when
-            or per_request
         )
 
     @property
@@ -139,16 +154,41 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def protocols_for(self, port: int) -> tuple[Protocol, ...]:
         """What a grant admits on ``port``: as written, else tls on 443, http on 80, ssh on 22, dns on 53,
-        and http, tls or unknown elsewhere."""
-        if self.protocols is not None:
-            return self.protocols
-        return _BY_PORT.get(port, _OTHER)
+        and http, tls or unknown elsewhere. Where http is, http2 without TLS is too.
+
+        A rule that needs requests to be read admits nothing but what carries some (and ssh, if it says what for).
+        """
+        admitted = self.protocols if self.protocols is not None else _BY_PORT.get(port, _OTHER)
+        if "http" in admitted and "http2" not in admitted:
+            admitted = (*admitted, "http2")
+        if self.reads_requests:
+            readable = _READABLE | {"ssh"} if self.ssh or self.git else _READABLE
+            admitted = tuple(protocol for protocol in admitted if protocol in readable)
+        return admitted
 
     def describe(self) -> str:
         """The rule in one readable piece."""
         ports = "any port" if self.ports is None else "port " + ",".join(map(str, self.ports))
         protocols = "" if self.protocols is None else f" ({', '.join(self.protocols)})"
-        return f"{self.host or self.cidr} {ports}{protocols} [{self.id}]"
+        return f"{self.host or self.cidr} {ports}{protocols}{self._describe_terms()} [{self.id}]"
+
+    def _describe_terms(self) -> str:
+        terms = [
+            f"in {self.phase}" if self.phase else "",
+            self.selector.describe() if self.selector else "",
+            "/".join(self.methods or ()),
+            " ".join(self.paths or ()),
+            f"git {self.git}" if self.git else "",
+            f"tools {' '.join(self.tools)}" if self.tools is not None else "",
+            "websocket" if self.websocket else "",
+            f"ssh {'/'.join(self.ssh)}" if self.ssh else "",
+            f"when {self.when}" if self.when else "",
+            f"credential {self.credential}" if self.credential else "",
+            f"through {self.service}" if self.service != "forward" else "",
+            self.budget.describe() if self.budget else "",
+        ]
+        said = ", ".join(term for term in terms if term)
+        return f", {said}" if said else ""
 
 
 class Ruleset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -168,6 +208,7 @@ class Ruleset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """Every rule, one readable line each."""
         return [
             *(f"deny {rule.describe()}" for rule in self.deny),
+            *(f"hold {rule.describe()}" for rule in self.hold),
             *(f"allow {rule.describe()}" for rule in self.allow),
             "deny private, link-local, loopback and metadata addresses and the host's own, unless named exactly",
             f"deny everything else [{'locked' if self.containment == 'locked' else 'default-deny'}]",
