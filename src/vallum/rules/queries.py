@@ -10,6 +10,7 @@ text in one episode. Not covered: a few bytes in plain words below the limits, a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -32,8 +33,9 @@ class QueryLimits(msgspec.Struct, frozen=True, kw_only=True):
     labels: int = 8
     """Labels that the guest chose."""
     entropy_bits: float = 3.6
-    """Shannon entropy per character that makes a label of ``entropy_from`` characters or more look like data."""
-    entropy_from: int = 20
+    """Shannon entropy per character at which a label that does not read like words looks like data."""
+    entropy_from: int = 16
+    """Characters (hyphens apart) below which a label is not looked at so."""
     distinct: int = 200
     """Different names under one wildcard in an episode."""
     parents: int = 2000
@@ -77,7 +79,18 @@ def looks_random(label: str, limits: QueryLimits | None = None) -> bool:
     """Whether a label looks like data and not like a name."""
     limits = limits or QueryLimits()
     bare = label.replace("-", "")
-    return len(label) > limits.label or (len(bare) >= limits.entropy_from and entropy(bare) >= limits.entropy_bits)
+    if len(label) > limits.label:
+        return True
+    if len(bare) < limits.entropy_from:
+        return False
+    # Hex and base32 change between digits and letters all the time, names of machines once or twice.
+    changes = sum(a.isdigit() != b.isdigit() for a, b in itertools.pairwise(bare))
+    if changes >= max(5, len(bare) // 5):
+        return True
+    letters = [c for c in bare if c.isalpha()]
+    vowels = sum(c in "aeiouy" for c in letters)
+    reads_like_words = len(letters) > len(bare) // 2 and 0.25 <= vowels / len(letters) <= 0.6
+    return not reads_like_words and entropy(bare) >= limits.entropy_bits
 
 
 def judge_query_load(
