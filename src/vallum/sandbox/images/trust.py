@@ -254,7 +254,16 @@ def make_java_store(bundle_pem: bytes) -> bytes:
         except ValueError:
             continue
         entries.append(pkcs12.PKCS12Certificate(certificate, f"root-{number}".encode()))
-    return pkcs12.serialize_java_truststore(entries, serialization.NoEncryption())
+    return _without_mac(pkcs12.serialize_java_truststore(entries, serialization.NoEncryption()))
+
+
+def _without_mac(store: bytes) -> bytes:
+    """Without the seal of the empty password, which makes a JDK refuse every other: so it takes any, and none."""
+    outer, _ = _header(store, 0, 0x30)
+    safe = outer + sum(_header(store, outer, 0x02))
+    content = store[outer : safe + sum(_header(store, safe, 0x30))]
+    size = len(content).to_bytes((len(content).bit_length() + 7) // 8, "big")  # a store is never as short as 127 bytes
+    return bytes([0x30, 0x80 | len(size)]) + size + content
 
 
 def has_positive_serial(der: bytes) -> bool:
