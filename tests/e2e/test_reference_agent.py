@@ -120,6 +120,7 @@ async def test_a_command_that_hangs_is_killed_and_the_shell_lives_on(home):
         [
             ("bash", {"command": "echo early; sleep 60", "timeout_s": 0.5}),
             ("bash", {"command": "exit 3"}),
+            ("bash", {"command": "echo not here"}),
             ("bash", {"command": "echo still here"}),
             ("bash", {"command": "head -c 100000 /dev/zero | tr '\\0' x"}),
             ("submit", {}),
@@ -129,9 +130,11 @@ async def test_a_command_that_hangs_is_killed_and_the_shell_lives_on(home):
         agent = await make_agent(sb, model, limits=Limits(wall_s=60))
         assert (await agent.run("x")).status == "submitted"
         await agent.close()
-        killed, _, alive, long, _ = [m.content for m in agent.messages if m.role == "tool"]
+        killed, left, told, alive, long, _ = [m.content for m in agent.messages if m.role == "tool"]
     assert "killed after 0.5 s" in killed
     assert "early" in killed
+    assert left == "exit code 3"
+    assert "There is a new shell now" in told
     assert alive == "exit code 0\nstill here"
     assert "characters left out" in long
     assert len(long) < 20_000

@@ -48,10 +48,9 @@ class Bash:
         """Exit code and output, standard error after standard output."""
         asked = read_arguments(arguments, Arguments)
         timeout_s = asked.timeout_s or self._timeout_s
-        if self._shell is None:
-            self._shell = await self._sandbox.session(cwd=self._cwd, user=self._user)
+        shell = self._shell = self._shell or await self._open()
         try:
-            result = await self._shell.run(asked.command, timeout_s=timeout_s, tool_call=call_id)
+            result = await shell.run(asked.command, timeout_s=timeout_s, tool_call=call_id)
         except StepTimeout as error:
             wrote = show_output(error.partial) if error.partial is not None else ""
             raise ToolError(
@@ -59,11 +58,14 @@ class Bash:
                 f"the background.\n{wrote}".rstrip()
             ) from error
         except CellGone as error:
-            self._shell = None
-            if "shell" not in str(error) and "session" not in str(error):
-                raise
-            raise ToolError("the command ended the shell; the next call gets a new one") from error
+            self._shell = await self._open()  # raises the same when it is not only the shell that has gone
+            raise ToolError(
+                f"{error}. There is a new shell now, in its first directory; the command may not have run"
+            ) from error
         return describe(result)
+
+    async def _open(self) -> Session:
+        return await self._sandbox.session(cwd=self._cwd, user=self._user)
 
     async def close(self) -> None:
         """End the shell."""
