@@ -20,6 +20,7 @@ import dns.message
 import dns.rrset
 
 from vallum.core.scope import Attribution, Scope
+from vallum.gateway.kit import Kit
 from vallum.gateway.link import GatewayLink
 from vallum.rules.grants import Ruleset
 
@@ -27,6 +28,8 @@ NEWNS, NEWNET = 0x00020000, 0x40000000
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 libc = ctypes.CDLL(None, use_errno=True)
 PORT = 39321
+TAPS_ARE_SERVERS = Kit(verify_upstream=False)
+"""A tap speaks no TLS, so it has no certificate to show."""
 
 FAKES_V4 = ["203.0.113.10", "192.0.2.20", "192.0.2.53", "198.51.100.7", "10.77.0.5", "169.254.169.254"]
 FAKES_V6 = ["2001:db8::20", "fd00:ec2::254"]
@@ -200,7 +203,7 @@ class World:
 
         return in_namespace(self.cell, make)
 
-    async def start(self, rules: Ruleset) -> None:
+    async def start(self, rules: Ruleset, kit: Kit = TAPS_ARE_SERVERS) -> None:
         """Start DNS fake and gateway, and serve the cell with ``rules``."""
         sock = self.in_fakes(lambda: listen(socket.AF_INET, ("192.0.2.53", 53), socket.SOCK_DGRAM))
         world = self
@@ -224,7 +227,7 @@ class World:
         self.dns, _ = await asyncio.get_running_loop().create_datagram_endpoint(Dns, sock=sock)
         self.link = await GatewayLink.start(uid=65534, gid=65534, node=self, on_death=self.deaths.append)
         tcp, udp = self.doors()
-        await self.link.add_cell("c1", run="r1", episode="e1", rules=rules, tcp=tcp, dns=udp)
+        await self.link.add_cell("c1", run="r1", episode="e1", rules=rules, kit=kit, tcp=tcp, dns=udp)
 
     async def attribute(self, cell, *, protocol, src, dst):
         if self.attribution_fails:
@@ -310,13 +313,13 @@ class World:
             holder.wait()
 
 
-def run_in_world(tmp: Path, rules: Ruleset, scenario, timeout_s: float = 60) -> None:
+def run_in_world(tmp: Path, rules: Ruleset, scenario, timeout_s: float = 60, kit: Kit = TAPS_ARE_SERVERS) -> None:
     """Run the coroutine function ``scenario(world)`` on the node's side of a fresh world."""
     box = []
 
     async def live(world: World) -> None:
         try:
-            await world.start(rules)
+            await world.start(rules, kit)
             await scenario(world)
         finally:
             await world.stop()

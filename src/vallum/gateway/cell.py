@@ -29,6 +29,7 @@ from vallum.gateway.door import (
 )
 from vallum.gateway.kit import Kit, ServiceName
 from vallum.gateway.names import CellNames, HostResolver, LookupTemporarilyFailedError, find_service, stand_ins_of
+from vallum.gateway.tls.upstream import Vetting
 from vallum.gateway.wire import ProposedCall
 from vallum.rules.grants import Ruleset
 from vallum.rules.names import is_under
@@ -135,6 +136,7 @@ class GatewayCell:
         dns: Sequence[socket.socket],
         node: Node,
         resolver: HostResolver,
+        vetting: Vetting,
         serve: Callable[[GatewayCell, socket.socket, Endpoint], Awaitable[None]],
     ) -> None:
         """``serve`` takes an accepted connection and its peer, and closes it."""
@@ -145,6 +147,7 @@ class GatewayCell:
         self.kit = kit
         self.node = node
         self.names = CellNames(resolver)
+        self.vetting = vetting
         self.flows: set[CutFlow] = set()
         self._serve = serve
         self._doors = [*tcp, *dns]

@@ -31,6 +31,7 @@ from vallum.gateway.names import Pinned, host_of, service_at
 from vallum.gateway.own import is_own
 from vallum.gateway.relay import Counters, Guard, HoldingGuard, OpenGuard, UnknownGuard, relay
 from vallum.gateway.sniff import MAX_BYTES, Sniffed, Sniffer
+from vallum.gateway.tls.termination import HandshakeError
 from vallum.rules.verdicts import FlowFacts, Pin, admits_server_first, judge_flow, may_connect, reads_requests
 
 EVIDENCE_GRACE_S = 0.005
@@ -283,6 +284,12 @@ class GatewayFlow:
         self.is_inspected = self._must_read()
         if self.is_inspected:
             return OpenGuard()
+        # It is connected already where the guest was silent for so long that the server might have spoken first.
+        if self._server is not None and not self._is_vetted():
+            reason = (
+                f"{self.facts.server_name}: TLS came too late for the server's certificate to be seen first; try again"
+            )
+            raise RefusedError(Decision(verdict="deny", rule="upstream-certificate", reason=reason))
         if sniffed.protocol == "http":
             return Http1Watch(self._judge_host, {self.dst[0], *self.pinned.names})
         return UnknownGuard() if sniffed.protocol == "unknown" else OpenGuard()
@@ -293,6 +300,29 @@ class GatewayFlow:
         if self.service is not None or protocol == "http2":
             return True
         return protocol in {"http", "tls"} and reads_requests(self.cell.rules, self.facts)
+
+    def _name_to_vet(self) -> str | None:
+        """The granted name that the server has to show a certificate for, before what the guest says in TLS is relayed."""
+        if self.facts.protocol != "tls" or not self.cell.kit.verify_upstream:
+            return None
+        rule = self.cell.rules.find(self._judge().rule)
+        return self.facts.server_name if rule is not None and rule.host is not None else None
+
+    def _is_vetted(self) -> bool:
+        name = self._name_to_vet()
+        return name is None or self.cell.vetting.knows(
+            name, self.pinned.upstream, self.dst[1], self.cell.kit.upstream_roots
+        )
+
+    async def _vet(self) -> None:
+        name = self._name_to_vet()
+        if name is None:
+            return
+        try:
+            roots = self.cell.kit.upstream_roots
+            await self.cell.vetting.vet(name, self.pinned.upstream, self.dst[1], roots_pem=roots)
+        except HandshakeError as error:
+            raise RefusedError(error.decision) from error
 
     def _judge_host(self, host: str | None) -> Decision:
         return judge_flow(self.cell.rules, msgspec.structs.replace(self.facts, protocol="http", server_name=host))
@@ -356,6 +386,7 @@ class GatewayFlow:
             if self.is_inspected:
                 await inspect(self, self.seen, head)
             else:
+                await self._vet()
                 self._server = await self.connect()
                 await relay(self.conn, self._server, guard, self.counters, head)
             self._close_gently()

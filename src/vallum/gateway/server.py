@@ -21,6 +21,7 @@ from vallum.gateway.cell import GatewayCell, NodeGoneError, Owner
 from vallum.gateway.door import Endpoint
 from vallum.gateway.flow import serve_connection
 from vallum.gateway.names import HostResolver
+from vallum.gateway.tls.upstream import Vetting
 from vallum.gateway.wire import (
     AddCell,
     Append,
@@ -68,6 +69,7 @@ class GatewayServer:
         self._cells: dict[str, GatewayCell] = {}
         self._requests = Requests()
         self._resolver = HostResolver()
+        self._vetting = Vetting()
         self._decoder = msgspec.msgpack.Decoder(FromNode)
         self._tasks: set[asyncio.Task[None]] = set()
         self._channel = Channel(control, self._on_frame, self._on_end)
@@ -242,6 +244,7 @@ class GatewayServer:
             dns=doors[frame.tcp :],
             node=self,
             resolver=self._resolver,
+            vetting=self._vetting,
             serve=serve_connection,
         )
 

@@ -142,6 +142,11 @@ class Vetting:
         if failure is not None:
             raise HandshakeError(failure.decision.rule, failure.decision.reason)
 
+    def knows(self, server_name: str, ip: str, port: int, roots_pem: bytes = b"") -> bool:
+        """Whether :meth:`vet` would return without asking."""
+        until, failure = self._known.get((server_name, ip, port, roots_pem), (0.0, None))
+        return failure is None and until > asyncio.get_running_loop().time()
+
     def _answered(self, key: tuple[str, str, int, bytes], task: asyncio.Task[HandshakeError | None]) -> None:
         self._asking.pop(key, None)
         if not task.cancelled():
