@@ -7,9 +7,11 @@ Not covered: what a frame means; the caller decodes and checks it.
 from __future__ import annotations
 
 import asyncio
+import pwd
 import socket
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import msgspec
@@ -18,6 +20,8 @@ from vallum.client.wire import LENGTH, MAX_FRAME_BYTES
 from vallum.core.errors import NodeError
 
 _UCRED = struct.Struct("3i")
+_NO_LOGIN = 0xFFFF_FFFF
+"""What the kernel says where nobody logged in."""
 
 
 class FrameStream(asyncio.Protocol):
@@ -122,3 +126,24 @@ class FrameStream(asyncio.Protocol):
             socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size
         )
         return int(_UCRED.unpack(raw)[1])
+
+    def peer_name(self) -> str:
+        """Who that is, for the record: user name and uid, and the login user of the process where it is another (sudo)."""
+        assert self._transport is not None
+        raw: bytes = self._transport.get_extra_info("socket").getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size
+        )
+        pid, uid, _ = _UCRED.unpack(raw)
+        name = _name_user(uid)
+        try:
+            login = int(Path(f"/proc/{pid}/loginuid").read_text("ascii"))
+        except (OSError, ValueError):
+            return name
+        return name if login in (uid, _NO_LOGIN) else f"{name}, logged in as {_name_user(login)}"
+
+
+def _name_user(uid: int) -> str:
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"

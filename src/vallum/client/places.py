@@ -51,6 +51,11 @@ class Places:
         return self.state / "snapshots"
 
     @property
+    def credentials(self) -> Path:
+        """The owner's secrets, one file each."""
+        return self.state / "credentials"
+
+    @property
     def socket(self) -> Path:
         """The node's Unix socket."""
         return self.runtime / "node.sock"

@@ -55,6 +55,10 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Names of the stored credentials that its rules may use; None: those that they name."""
     approval_timeout_s: float = 300.0
     package_min_age_s: float = 0.0
+    upstream_roots: bytes = b""
+    """PEM: authorities that granted servers may be signed by, beside the system's."""
+    verify_upstream: bool = True
+    """Whether the server of a TLS flow that is only relayed has to show a certificate for the granted name first."""
 
 
 class CreateSandbox(Request, frozen=True, tag="sandbox.create"):
@@ -98,7 +102,7 @@ class ForkSandbox(Request, frozen=True, tag="sandbox.fork"):
     user: str | None
     workdir: str | None
     control: Control | None = None
-    """None: phase ``run``, and the agent and credentials of the parent."""
+    """None: the defaults; the canaries of a run are of all its cells."""
 
 
 class Snapshot(Request, frozen=True, tag="snapshot.make"):

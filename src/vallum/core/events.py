@@ -342,7 +342,7 @@ class ApprovalDecided(Event, frozen=True, tag="approval.decided"):
     approval: str
     verdict: Verdict
     by: str
-    """User name (and uid) of who decided, or ``timeout``, ``cell-closed``."""
+    """User name (and uid) of who decided, or ``timeout``, ``cell-closed``, ``guest-gone``."""
     why: str
     waited_ns: int
 
@@ -357,7 +357,7 @@ class RulesChanged(Event, frozen=True, tag="rules.changed"):
     digest: str
     """``sha256:...`` of the rules."""
     by: str
-    """``sdk``, ``cli`` or ``phase``."""
+    """``sdk``, ``cli``, ``phase`` or ``approval`` (a rule that held asks no more)."""
     flows_cut: int = 0
 
 

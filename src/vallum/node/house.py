@@ -32,15 +32,18 @@ from vallum.core.limits import Limits
 from vallum.core.scope import BY_NODE, Scope, check_id, make_run_id
 from vallum.core.text import show
 from vallum.node.answers import Answers
+from vallum.node.approvals import Approvals
 from vallum.node.commands import CommandRunner, open_shell, run_in_shell
+from vallum.node.control import Control
+from vallum.node.credentials import CredentialStore
 from vallum.node.door import Door
 from vallum.node.live import LiveCell
 from vallum.node.pages import read_page
 from vallum.node.recorder import Recorder, RunBook
+from vallum.node.redaction import LogFilter, Redactor
 from vallum.node.snapshots import Ground, Snapshots, describe, settle_terms
 from vallum.node.spares import Spares, make_cell_id
 from vallum.node.watch import Watch
-from vallum.rules.files import compose, parse_ruleset
 from vallum.sandbox.base import Backend, CellSpec, Image
 from vallum.sandbox.images.resolve import resolve_in_thread, with_mounts
 from vallum.sandbox.snapshots.store import Manifest
@@ -72,7 +75,10 @@ class House:
     def __init__(self, places: Places, backends: dict[str, Backend]) -> None:
         self._places = places
         self._backends = backends
-        self._recorder = Recorder(places.runs, self._go_blind)
+        redactor = Redactor()
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(LogFilter(redactor.clean_text))
+        self._recorder = Recorder(places.runs, self._go_blind, redactor)
         self._cells: dict[str, LiveCell] = {}
         self._sessions: dict[str, LiveCell] = {}
         self._default_runs: dict[int, str] = {}
@@ -82,6 +88,11 @@ class House:
         self._watch = Watch(self._recorder, self._find_any, self.contain)
         self._answers = Answers(self._watch.questions, self._recorder.emit)
         self._door = Door(self._answers)
+        self._control = Control(CredentialStore(places.credentials), redactor, self._door)
+        self.approvals = Approvals(
+            self._find_any, lambda: list(self._cells.values()), self._watch.questions, self._control
+        )
+        self._answers.decide = self.approvals.ask
         self._snapshots = Snapshots(places.snapshots, backends)
         self.tiers: dict[str, str] = {}
         self.clients = 0
@@ -139,11 +150,12 @@ class House:
             raise InvalidInput(
                 f"there is no isolation level {request.level!r}: use one of {', '.join(sorted(self._backends))}"
             )
-        own = parse_ruleset(request.rules, request.rules_name) if request.rules is not None else None
-        ruleset = compose(request.containment, own=own, allow=request.allow)
+        run = request.run or self._default_runs.get(client) or make_run_id()
+        terms = await self._control.prepare(request, run)
         image = await self._image(request, origin)
+        self._control.check_environ(image.environ)
         limits = self._limits(request.limits)
-        book = self._book(request, client, ruleset.containment)
+        book = self._book(request, run, client, terms.rules.containment)
         spec = CellSpec(id=make_cell_id(), image=image, limits=limits, root=request.root)
         episode = book.take_episode(request.episode)
         ground = Ground.of(request, image, origin)
@@ -172,14 +184,14 @@ class House:
                     image_digest=image.digest,
                     level=request.level,
                     root=request.root,
-                    containment=ruleset.containment,
-                    rules=ruleset.describe(),
+                    containment=terms.rules.containment,
+                    rules=terms.rules.describe(),
                     limits={name: getattr(limits, name) for name in limits.__struct_fields__},
                     parent=origin.id if origin is not None else None,
                 )
             )
             self._watch.add(live)
-            await self._door.add(live, ruleset)
+            await self._control.open(live, terms, image.environ.get("HOME", image.workdir))
         except BaseException:
             await self._end(live, "not_started")
             raise
@@ -229,10 +241,9 @@ class House:
                 )
         return limits.with_defaults(can).check()
 
-    def _book(self, request: wire.CreateSandbox, client: int, containment: str) -> RunBook:
-        run = request.run or self._default_runs.get(client)
-        if run is None:
-            run = self._default_runs[client] = make_run_id()
+    def _book(self, request: wire.CreateSandbox, run: str, client: int, containment: str) -> RunBook:
+        if request.run is None:
+            self._default_runs[client] = run
         book, is_new = self._recorder.open(run)
         book.holders.add(client)
         if is_new:
@@ -297,6 +308,7 @@ class House:
         if live.is_closing:
             return 0
         live.is_closing = True
+        self.approvals.end_cell(live)
         with contextlib.suppress(VallumError):
             live.settle()
         survivors, failure = 0, None
@@ -307,6 +319,7 @@ class House:
             log.error("cell %s: %s", live.id, error)
             failure = error
         self._snapshots.leave(live.id)
+        self._control.leave(live)
         self._watch.remove(live)
         self._cells.pop(live.id, None)
         for session, shell in live.shells.items():
@@ -358,12 +371,35 @@ class House:
                 book.holders.discard(client)
                 if not book.holders:
                     self._recorder.close(book.run, "client_gone" if mine else "finished")
+                    self._control.forget_run(book.run)
+
+    # ------------------------------------------------------------------ what holds at the door
+
+    async def set_phase(self, request: wire.SetPhase, client: int) -> int:
+        """From ``setup`` to ``run``; see :meth:`vallum.Sandbox.set_phase`."""
+        return await self._control.set_phase(self.get(request.sandbox, client), request.phase)
+
+    async def update_rules(self, request: wire.UpdateRules, client: int) -> wire.RulesUpdated:
+        """Other rules for a client's cell, or for every cell of a run, whoever's (every client is of one owner)."""
+        if request.sandbox is not None:
+            return await self._control.update([self.get(request.sandbox, client)], request)
+        cells = [live for live in self._cells.values() if live.book.run == request.run and not live.is_closing]
+        if not cells:
+            raise InvalidInput(
+                f"run {show(request.run or '')!r} has no live cell in this node: its rules cannot change any more"
+            )
+        return await self._control.update(cells, request)
+
+    async def list_approvals(self, request: wire.ListApprovals, client: int) -> wire.ApprovalPage:
+        """What waits for a person, of every client's cells."""
+        return await self.approvals.list(request)
 
     # ------------------------------------------------------------------ commands
 
-    async def run_command(self, runner: CommandRunner | None, sandbox: str, client: int) -> wire.Ran:
+    async def run_command(self, runner: CommandRunner | None, request: wire.Exec, client: int) -> wire.Ran:
         """Run a command to its end."""
-        live = self.get(sandbox, client)
+        live = self.get(request.sandbox, client)
+        self._control.check_environ(request.environ)
         assert runner is not None, "made when the request came in, for the same cell"
         try:
             return await runner.run()
@@ -382,6 +418,7 @@ class House:
     async def open_session(self, request: wire.OpenSession, client: int) -> str:
         """Start a persistent shell and give its id."""
         live = self.get(request.sandbox, client)
+        self._control.check_environ(request.environ)
         session = f"s{secrets.token_hex(5)}"
         await open_shell(live, request, session)
         self._sessions[session] = live

@@ -27,6 +27,7 @@ from vallum.core.events import (
 )
 from vallum.core.scope import BY_NODE, Scope
 from vallum.detectors.bank import DetectorBank
+from vallum.node.redaction import Redactor
 from vallum.record.chain import read_anchor
 from vallum.record.ledger import Ledger
 from vallum.record.reader import decode_line, is_live, list_ids, read_lines
@@ -69,9 +70,10 @@ class Tally:
 class RunBook:
     """One run: its ledger, its detectors and its counts."""
 
-    def __init__(self, run: str, ledger: Ledger, on_blind: Callable[[str, str], None]) -> None:
+    def __init__(self, run: str, ledger: Ledger, on_blind: Callable[[str, str], None], redactor: Redactor) -> None:
         self.run = run
         self.ledger = ledger
+        self._redactor = redactor
         self.holders: set[int] = set()
         """Clients that used the run and are still connected."""
         self.exit_code: int | None = None
@@ -112,6 +114,7 @@ class RunBook:
             RecordError: they could not be appended.
         """
         try:
+            events = [self._redactor.clean(event) for event in events]
             numbers = self.ledger.append_many(events)
         except RecordError as error:
             if not self._blind:
@@ -141,7 +144,9 @@ class RunBook:
 class Recorder:
     """The ledgers of the node."""
 
-    def __init__(self, runs_dir: Path, on_blind: Callable[[str, str], None]) -> None:
+    def __init__(self, runs_dir: Path, on_blind: Callable[[str, str], None], redactor: Redactor | None = None) -> None:
+        """``redactor`` takes registered secrets out of every event before it is written."""
+        self._redactor = redactor or Redactor()
         self._runs_dir = runs_dir
         self._on_blind = on_blind
         self._books: dict[str, RunBook] = {}
@@ -159,7 +164,7 @@ class Recorder:
             ledger = Ledger.open(self._runs_dir, run)
         else:
             ledger = Ledger.create(self._runs_dir, run)
-        book = self._books[run] = RunBook(run, ledger, self._on_blind)
+        book = self._books[run] = RunBook(run, ledger, self._on_blind, self._redactor)
         book.episodes |= _read_episodes(self._runs_dir / run)
         return book, True
 

@@ -145,11 +145,13 @@ class Client:
             case wire.Hello():
                 return self._welcome(request)
             case wire.Exec():
-                return await house.run_command(self._execs.get(request.seq), request.sandbox, me)
+                return await house.run_command(self._execs.get(request.seq), request, me)
             case wire.OpenStep():
                 return (await house.get(request.sandbox, me).open_step("block", request.tool_call, is_block=True)).index
             case wire.Status():
                 return house.status()
+            case wire.Decide():
+                return await house.approvals.decide(request, self._stream.peer_name())
             case wire.Stop():
                 asyncio.get_running_loop().call_later(0.01, self._stop)
                 return None
@@ -168,6 +170,9 @@ class Client:
             wire.ReadFile: house.read_file,
             wire.WriteFile: house.write_file,
             wire.Events: house.events,
+            wire.SetPhase: house.set_phase,
+            wire.UpdateRules: house.update_rules,
+            wire.ListApprovals: house.list_approvals,
         }
         answer = answers.get(type(request))
         if answer is None:

@@ -320,6 +320,7 @@ def settle_terms(fork: wire.ForkSandbox, origin: Manifest, run: str | None) -> w
         allow=fork.allow if is_own else [*terms.allow, *fork.allow], rules=rules, rules_name=name, mounts=[],
         limits=fork.limits or terms.limits, run=fork.run or run, episode=fork.episode, environ=fork.environ,
         user=fork.user, workdir=fork.workdir, level=origin.level, root=terms.root, command=[],
+        control=fork.control or wire.Control(),
     )  # fmt: skip
 
 
