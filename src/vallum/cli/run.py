@@ -158,7 +158,7 @@ async def _run(places: Places, command: list[str], options: dict[str, Any]) -> i
     if options["as_json"]:
         click.echo(msgspec.json.encode(_summary(sandbox, code, failure, events)).decode())
     elif not options["quiet"]:
-        _print_summary(sandbox, code, events)
+        print_summary(sandbox, code, events)
     return code
 
 
@@ -267,8 +267,12 @@ def _raw_terminal(fd: int) -> Iterator[None]:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
-def _is_denial(event: EventView) -> bool:
-    return event.get("verdict") == "deny" and event["kind"] in ("net.flow", "dns.query", "net.packet")
+DENIABLE = frozenset({"net.flow", "dns.query", "net.packet", "http.request", "model.call", "mcp.call"})
+
+
+def is_denial(event: EventView) -> bool:
+    """Whether an event is an attempt that was refused."""
+    return event.get("verdict") == "deny" and event["kind"] in DENIABLE
 
 
 def _summary(sandbox: Sandbox, code: int, failure: VallumError | None, events: list[EventView]) -> dict[str, Any]:
@@ -279,7 +283,7 @@ def _summary(sandbox: Sandbox, code: int, failure: VallumError | None, events: l
         "exit_code": code,
         "error": str(failure) if failure else None,
         **({name: getattr(used, name) for name in used.__struct_fields__} if used else {}),
-        "denied_attempts": [event for event in events if _is_denial(event)],
+        "denied_attempts": [event for event in events if is_denial(event)],
         "findings_list": [event for event in events if event["kind"] == "finding"],
     }
 
@@ -287,17 +291,25 @@ def _summary(sandbox: Sandbox, code: int, failure: VallumError | None, events: l
 def _target(event: EventView) -> str:
     if event["kind"] == "dns.query":
         return f"DNS {event['qname']}"
+    if event["kind"] == "http.request":
+        return f"{event['method']} {event['scheme']}://{event['host']}:{event['port']}{event['path']}"
+    if event["kind"] == "model.call":
+        return f"model {event['model']} ({event['dialect']})"
+    if event["kind"] == "mcp.call":
+        return f"tool {event['tool']} of {event['server']}"
     host = f" ({event['dst_host']})" if event.get("dst_host") else ""
     port = f":{event['dst_port']}" if event.get("dst_port") is not None else ""
     return f"{event['protocol']} {event['dst_ip']}{port}{host}"
 
 
-def _print_summary(sandbox: Sandbox, code: int, events: list[EventView]) -> None:
+def print_summary(sandbox: Sandbox, code: int, events: list[EventView]) -> None:
+    """What a run came to, on standard error."""
+
     def say(text: str) -> None:
         click.echo(text, err=True)
 
     used = sandbox.used
-    denials = [event for event in events if _is_denial(event)]
+    denials = [event for event in events if is_denial(event)]
     say(click.style(f"-- vallum: run {sandbox.run}", bold=True) + f"  exit {code}")
     if used is not None:
         say(f"   {_figures(used)}")
