@@ -13,11 +13,13 @@ from vallum.core.errors import InvalidInput
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-Method = Literal["cgroup", "socket", "lineage", "netns", "control", "none"]
+Method = Literal["cgroup", "argv", "socket", "lineage", "netns", "control", "none"]
 """How an event's step was found, strongest first:
 
 ``control``  the node did it itself (it opened the step, it started the command);
 ``cgroup``   the process's cgroup at the time of the fact (kernel; cannot be left by the guest);
+``argv``     as ``cgroup``, but the process was put there because a child of the agent's runtime ran the text of that tool
+             call while several calls were open (see ``vallum.node.agents``);
 ``socket``   the cgroup that the kernel stamped on the socket when it was made;
 ``lineage``  fork ancestry, where no cgroup can be had;
 ``netns``    only the cell is known (the fact came through that cell's own socket), not the step;
@@ -43,6 +45,9 @@ class Attribution(msgspec.Struct, frozen=True, kw_only=True):
 
     method: Method
     confidence: float = 1.0
+    candidates: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Steps of tool calls that were open when the process was born and could not be told apart; the scope is then the
+    agent's own step. Left out where there is no doubt."""
 
 
 BY_NODE = Attribution(method="control")

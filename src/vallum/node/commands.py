@@ -9,7 +9,6 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 from vallum.client import wire
@@ -26,6 +25,7 @@ from vallum.core.errors import (
 from vallum.core.events import AnyEvent, ToolCall, ToolResult
 from vallum.core.scope import BY_NODE
 from vallum.core.text import keep
+from vallum.node.arguments import shorten
 from vallum.node.live import LiveCell, Shell, Step
 from vallum.node.output import Capture
 from vallum.node.shell import SHELLS, make_argv, make_nonce, make_script, parse_status
@@ -34,9 +34,6 @@ from vallum.sandbox.base import Child, Command, Exit
 
 KILL_WAIT_S = 5.0
 """How long a killed command may take to be gone before the cell is given up."""
-
-MAX_ARGUMENT_CHARS = 128 * 1024
-"""What the record keeps of a tool call's argument."""
 
 Relay = Callable[[str, bytes], Awaitable[None] | None]
 
@@ -58,30 +55,6 @@ class Running:
         self.is_cancelled = True
         if self.limit is not None:
             self.limit.reschedule(asyncio.get_running_loop().time())
-
-
-def shorten(value: object) -> object:
-    """An argument as the record keeps it: of a long one the beginning, its length and its hash. The agent decides how
-    long a command is, and a record that its ledger cannot take would end every cell of the run."""
-    if isinstance(value, str):
-        return shorten_words([value], "characters", len(value))[0]
-    return shorten_words(value, "words", len(value)) if isinstance(value, list) else value
-
-
-def shorten_words(words: list[str], unit: str, count: int) -> list[str]:
-    """The first :data:`MAX_ARGUMENT_CHARS` of all words together, and a last piece that says what was left out."""
-    if sum(map(len, words)) + len(words) <= MAX_ARGUMENT_CHARS:
-        return words
-    digest = sha256("\0".join(words).encode("utf-8", "surrogatepass")).hexdigest()
-    note = f"[vallum: cut; all of it: {count} {unit}, sha256 {digest}]"
-    kept: list[str] = []
-    room = MAX_ARGUMENT_CHARS
-    for word in words:
-        kept.append(word[:room])
-        room -= len(word) + 1
-        if room <= 0:
-            break
-    return [kept[0] + note] if unit == "characters" else [*kept, note]
 
 
 def sentence(error: VallumError) -> bytes:
@@ -210,7 +183,7 @@ async def wait_or_stop(running: Running, timeout_s: float | None) -> tuple[Exit,
         stopped = "cancelled" if running.is_cancelled else "timeout"
     finally:
         running.limit = None
-    await live.cell.kill_step(running.step.index)
+    await live.kill_step(running.step.index)
     try:
         return await asyncio.wait_for(live.cell.wait(child), KILL_WAIT_S), stopped
     except TimeoutError:

@@ -31,6 +31,7 @@ from vallum.core.events import ContainmentAction, EpisodeEnded, EpisodeStarted, 
 from vallum.core.limits import Limits
 from vallum.core.scope import BY_NODE, Scope, check_id, make_run_id
 from vallum.core.text import show
+from vallum.node.agents import AgentKeeper
 from vallum.node.answers import Answers
 from vallum.node.approvals import Approvals
 from vallum.node.commands import CommandRunner, open_shell, run_in_shell
@@ -87,6 +88,7 @@ class House:
         self._background: set[asyncio.Task[None]] = set()
         self._watch = Watch(self._recorder, self._find_any, self.contain)
         self._answers = Answers(self._watch.questions, self._recorder.emit)
+        self._answers.steps = AgentKeeper(self._find_any)
         self._door = Door(self._answers)
         self._control = Control(CredentialStore(places.credentials), redactor, self._door)
         self.approvals = Approvals(
@@ -310,6 +312,7 @@ class House:
         live.is_closing = True
         self.approvals.end_cell(live)
         with contextlib.suppress(VallumError):
+            live.agents.close_all()
             live.settle()
         survivors, failure = 0, None
         try:
@@ -411,6 +414,8 @@ class House:
         """Close a step that was opened for several commands."""
         live = self.get(request.sandbox, client)
         step = live.steps.get(request.step)
+        if step is not None and not step.is_open and live.agents.was_proposed(step.index):
+            return  # the model was asked again, and so the step of its call was over
         if step is None or not step.is_open or not step.is_block:
             raise InvalidInput(f"step {request.step} of cell {request.sandbox} is not open")
         live.close_step(step)

@@ -13,6 +13,7 @@ from vallum.core.errors import InvalidInput, VallumError
 from vallum.core.events import AnyEvent, StepClosed, StepOpened
 from vallum.core.limits import Limits
 from vallum.core.scope import BY_NODE, Attribution, Scope
+from vallum.node.agents import AgentSteps
 from vallum.node.recorder import RunBook
 from vallum.sandbox.base import Cell, Child, Usage
 
@@ -69,6 +70,10 @@ class StepWatcher(Protocol):
         """Whether a process that was started as one program is another now."""
         ...
 
+    def has_execs_ahead(self, pid: int) -> bool:
+        """Whether a process may have executed a further program that was not looked at yet."""
+        ...
+
     def step_closing(self, live: LiveCell, step: int) -> Usage:
         """A step is about to be closed; what it has used."""
         ...
@@ -98,6 +103,7 @@ class LiveCell:
         self.contained: str | None = None
         """Why containment ended it."""
         self.is_closing = False
+        self.agents = AgentSteps(self)
 
     @property
     def id(self) -> str:
@@ -114,12 +120,17 @@ class LiveCell:
         return self.book.emit(event)
 
     async def open_step(self, cause: str, tool_call: str | None, *, is_block: bool = False) -> Step:
-        """Begin the next step; its record is written before anything runs in it."""
-        step, opening = await self._begin_step(cause, tool_call, is_block=is_block)
+        """Begin the next step; its record is written before anything runs in it. For a tool call that a client on the host
+        was given through the model door, it is the step that was opened then."""
+        found = self.agents.find_host_step(tool_call)
+        if found is not None:
+            return found
+        step, opening = await self.begin_step(cause, tool_call, is_block=is_block)
         self.emit(opening)
         return step
 
-    async def _begin_step(self, cause: str, tool_call: str | None, *, is_block: bool) -> tuple[Step, AnyEvent]:
+    async def begin_step(self, cause: str, tool_call: str | None, *, is_block: bool) -> tuple[Step, AnyEvent]:
+        """Make the next step, and the event that has to be recorded before anything runs in it."""
         self.settle()
         if tool_call is not None and len(tool_call) > MAX_TOOL_CALL_CHARS:
             raise InvalidInput(
@@ -145,7 +156,10 @@ class LiveCell:
             InvalidInput: there is no such step, or it is closed.
         """
         if index is None:
-            step, opening = await self._begin_step(cause, tool_call, is_block=False)
+            joined = self.agents.find_host_step(tool_call)
+            if joined is not None:
+                return joined, []
+            step, opening = await self.begin_step(cause, tool_call, is_block=False)
             return step, [opening]
         found = self.steps.get(index)
         if found is None or not found.is_open:
@@ -176,9 +190,11 @@ class LiveCell:
     def close_step(self, step: Step) -> None:
         """End a step. What it left running stays charged to it."""
         step.is_open = False
+        self.agents.close_ended()
         usage = self._watcher.step_closing(self, step.index)
         running = set(self.cell.pids(step.index) if usage.pids != 0 else ())
         running -= {shell.child.pid for shell in self.shells.values()}
+        running = {pid for pid in running if not self.agents.is_runtime(pid)}
         now = clock.mono_ns()
         counted = self.book.tally(self.episode).processes_by_step.get(step.index)
         last = self._watcher.last_sample(self, step.index, usage)
@@ -210,7 +226,7 @@ class LiveCell:
         active = {step.index for step in self.steps.values() if step.is_open}
         active.update(step for step, at in self._exits.items() if at >= since)
         shells = {shell.child.pid for shell in self.shells.values()}
-        steps = (self.cell.step_of_pid(pid)[0] for pid in self.cell.pids() if pid not in shells)
+        steps = (self.step_of_pid(pid)[0] for pid in self.cell.pids() if pid not in shells)
         active.update(step for step in steps if step is not None)
         return next(iter(active)) if len(active) == 1 else None
 
@@ -218,11 +234,35 @@ class LiveCell:
         """Whether another program has taken the place of the shell."""
         return self._watcher.was_replaced(shell.child.pid)
 
+    def has_execs_ahead(self, pid: int) -> bool:
+        """Whether a process may have executed a further program that was not looked at yet."""
+        return self._watcher.has_execs_ahead(pid)
+
+    # ------------------------------------------------------------------ vallum.sensors.base.CellView
+
+    def pids(self, step: int | None = None) -> list[int]:
+        """Host pids charged to the step, or of the whole cell."""
+        return self.cell.pids(step)
+
+    def step_of_pid(self, pid: int) -> tuple[int | None, str, float]:
+        """(step, method, confidence) of a process: its group, and what the node knows of the agents in the cell."""
+        step, method, confidence = self.cell.step_of_pid(pid)
+        return (step, method, confidence) if step is None else self.agents.judge(pid, step, method, confidence)
+
+    def step_of_cgroup(self, cgroup_id: int) -> int | None:
+        """Step that a cgroup v2 id is charged to."""
+        place = self.cell.step_of_cgroup(cgroup_id)
+        return None if place is None else self.agents.step_of_place(place)
+
+    async def kill_step(self, step: int, *, spare: Child | None = None) -> None:
+        """Kill what is charged to ``step``, and where agents were started in it, their calls' steps too."""
+        await self.cell.kill_step(step, spare=spare)
+        for each in self.agents.steps_of(step):
+            await self.cell.kill_step(each)
+
     def charge_pid(self, pid: int) -> tuple[Scope, Attribution]:
         """Scope of a host process of this cell."""
-        step, method, confidence = self.cell.step_of_pid(pid)
+        step, method, confidence = self.step_of_pid(pid)
         if step is None:
             return self.scope(), Attribution(method="netns", confidence=0.5)
-        return self.scope(step), Attribution(
-            method="cgroup" if method == "cgroup" else "lineage", confidence=confidence
-        )
+        return self.scope(step), self.agents.attribute(pid, method, confidence)

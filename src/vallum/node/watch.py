@@ -87,7 +87,7 @@ class Watch:
     def _watch_host(self, live: LiveCell, scope: Scope) -> None:
         """A cell whose processes are the host kernel's: that one tells of them."""
         cell = live.cell
-        self._sockets.watch(cell.id, cell, root_pid=cell.pid, diag=cell.doors.diag, scope_of_step=live.scope)
+        self._sockets.watch(cell.id, live, root_pid=cell.pid, diag=cell.doors.diag, scope_of_step=live.scope)
         if self._connector is not None:
             self._connector.watch(cell.pid, cell.id, scope, is_new=True)
         if self._poll is not None:
@@ -125,6 +125,11 @@ class Watch:
         (``/proc`` is polled): what could be read there instead, the guest can forge."""
         return self._connector is not None and self._connector.execs_of(pid) > 1
 
+    def has_execs_ahead(self, pid: int) -> bool:
+        """Whether a process may have executed a further program that was not looked at yet. Where ``/proc`` is polled
+        nobody can say."""
+        return self._connector is None or self._connector.has_execs_ahead(pid)
+
     def step_closing(self, live: LiveCell, step: int) -> Usage:
         """A step is about to be closed: what it did is told before. What it has used."""
         self._drain(live)
@@ -151,6 +156,15 @@ class Watch:
         return self._answer(cell, [Asked(protocol, src, dst)], mono_ns())[0]
 
     def _answer(self, cell: str, asked: list[Asked], since_ns: int) -> list[Answer]:
+        live = self._find(cell)
+        if live is not None and live.agents.is_used and self._connector is not None:
+            self._connector.drain()  # children that can be told apart are put into their steps first
+        answers = self._look_up(cell, asked, since_ns)
+        if live is None or not live.agents.is_used:
+            return answers
+        return [live.agents.refine(answer, one.dst[0]) for answer, one in zip(answers, asked, strict=True)]
+
+    def _look_up(self, cell: str, asked: list[Asked], since_ns: int) -> list[Answer]:
         traced = self._find(cell) if self._traced.has(cell) else None
         if traced is not None:
             self._drain(traced)

@@ -214,6 +214,15 @@ class Cell(Protocol):
         """Charge ``child`` (only that process, not its children) to ``step`` from now on. For persistent shells."""
         ...
 
+    def charge(self, pid: int, *, step: int) -> None:
+        """Like :meth:`move`, for any process of the cell (see :meth:`pids`) and at once: the runtime of an agent, or a child
+        of it that was told apart. ``step`` may be one that was never opened.
+
+        Raises:
+            SandboxError: it is gone, or the kernel refuses.
+        """
+        ...
+
     async def kill_step(self, step: int, *, spare: Child | None = None) -> int:
         """Kill every process charged to ``step`` (but ``spare``), return how many. They are gone on return."""
         ...

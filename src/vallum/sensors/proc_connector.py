@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from collections import deque
 from dataclasses import dataclass, field
 
 from vallum.core.clock import mono_ns, wall_ns
@@ -30,6 +31,8 @@ from vallum.sensors.proc_events import Exec, Exit, Fork, ProcEvent, parse
 SENSOR = "proc_connector"
 _BATCH = 256
 """Events taken per turn of the loop, so that a cell that forks in a loop does not starve the gateway."""
+_AHEAD = 64
+"""Batches that are looked through for a further exec of one process."""
 _LINGER_S = 0.05
 _EXITS_LATER_S = 0.002
 """How long an end may wait, so that whoever waits for the command's result is answered before its end is looked into."""
@@ -76,6 +79,8 @@ class ProcConnector:
         self._linger: asyncio.TimerHandle | None = None
         self._recovery: asyncio.TimerHandle | None = None
         self._recovered_at = float("-inf")
+        self._ahead: deque[ProcEvent] = deque()
+        """Told by the kernel, not looked at yet."""
         self._exits: list[Exit] = []
         self._exits_due: asyncio.TimerHandle | None = None
         self.dropped = 0
@@ -142,8 +147,33 @@ class ProcConnector:
 
     # -- reading ---------------------------------------------------------------------------------
 
+    def has_execs_ahead(self, pid: int) -> bool:
+        """Whether the kernel has told of a further exec of ``pid`` that was not looked at yet. Then what ``/proc`` says of
+        its arguments is not of the exec that is looked at. True also when that cannot be known (too much is waiting)."""
+        is_more = True
+        for _ in range(_AHEAD):
+            if not (is_more := self._fill()):
+                break
+        if self._ahead and self._loop is not None:
+            self._loop.call_soon(self._read)  # when nothing comes after them, nobody else looks at them
+        return is_more or any(isinstance(event, Exec) and event.pid == pid for event in self._ahead)
+
     def _read(self) -> bool:
         """Take at most a batch; whether there may be more."""
+        is_more = self._fill()
+        while self._ahead:
+            event = self._ahead.popleft()
+            if isinstance(event, Exit):
+                if event.pid in self._members:
+                    self._put_off(event)
+                continue
+            if self._exits and isinstance(event, Fork):
+                self._take_exits()  # in the order in which they happened: the number may be used again
+            self._take_safely(event)
+        return is_more
+
+    def _fill(self) -> bool:
+        """Put at most a batch of what the kernel has told into the queue; whether there may be more."""
         sock = self._socket
         if sock is None:
             return False
@@ -162,18 +192,9 @@ class ProcConnector:
             if port != 0:
                 continue  # not the kernel
             try:
-                events = parse(data)
+                self._ahead += parse(data)
             except netlink.MalformedNetlinkError:
                 self.malformed += 1
-                continue
-            for event in events:
-                if isinstance(event, Exit):
-                    if event.pid in self._members:
-                        self._put_off(event)
-                    continue
-                if self._exits and isinstance(event, Fork):
-                    self._take_exits()  # in the order in which they happened: the number may be used again
-                self._take_safely(event)
         return True
 
     def _put_off(self, event: Exit) -> None:

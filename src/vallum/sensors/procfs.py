@@ -136,10 +136,15 @@ def read_at(directory: int, name: str, limit: int) -> tuple[bytes, bool]:
 def read_stat(pid: int) -> Stat | None:
     """Stat of a live or zombie process; None when it is gone."""
     try:
-        with open_pid(pid) as proc:
-            return parse_stat(read_at(proc, "stat", 4096)[0])
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except _GONE:
         return None
+    try:
+        return parse_stat(os.read(fd, 4096))
+    except _GONE:
+        return None
+    finally:
+        os.close(fd)
 
 
 def is_alive(pid: int) -> bool:
@@ -187,6 +192,15 @@ def read_process(pid: int, uid_map: UidMap = ()) -> Seen | None:
         return None
     shown = uid if uid is None or not uid_map else guest_uid(uid_map, uid)
     return Seen(Process(pid=pid, exe=exe, argv=argv, uid=shown), stat.ppid, stat)
+
+
+def read_argv(pid: int) -> list[str]:
+    """Arguments of a live process; empty when it is gone or has none."""
+    try:
+        with open_pid(pid) as proc:
+            return _argv_at(proc)
+    except _GONE:
+        return []
 
 
 def _argv_at(proc: int) -> list[str]:

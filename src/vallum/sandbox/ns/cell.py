@@ -139,6 +139,11 @@ class NsCell:
         self._check_alive()
         self._steps.move(child.pid, step)
 
+    def charge(self, pid: int, *, step: int) -> None:
+        """See the contract."""
+        self._check_alive()
+        self._steps.move(pid, step)
+
     async def kill_step(self, step: int, *, spare: Child | None = None) -> int:
         """See the contract."""
         self._check_alive()
