@@ -7,6 +7,7 @@ judged and its opening record acknowledged.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -15,6 +16,7 @@ import msgspec
 
 from vallum.core.verdict import Decision
 from vallum.gateway.cell import GatewayCell, Owner
+from vallum.gateway.relay import Counters
 from vallum.gateway.stream import Stream
 from vallum.rules.verdicts import FlowFacts
 
@@ -40,6 +42,8 @@ class RequestHead(msgspec.Struct, frozen=True, kw_only=True):
     version: Literal["1.0", "1.1", "2"]
     length: int | None = None
     """Content-Length; None when the body is of unknown length or there is none."""
+    streamed: bool = False
+    """There may be a body, and its length is not known."""
     upgrade: str = ""
     """``websocket`` when the request asks for it."""
 
@@ -59,6 +63,11 @@ class Carrier(Protocol):
     id: str
     cell: GatewayCell
     facts: FlowFacts
+    counters: Counters
+
+    async def connect(self) -> socket.socket:
+        """A new connection to the server that the guest meant; the caller's to close. Raises OSError."""
+        ...
 
     async def owner(self) -> Owner:
         """Who opened it. Raises NodeGoneError."""
@@ -127,6 +136,10 @@ class Exchange(Protocol):
         """
         ...
 
+    async def left(self) -> None:
+        """Returns when the guest has gone, or will send nothing more."""
+        ...
+
     async def abort(self, reason: str) -> None:
         """Cut the answer off so that the guest can tell (RST_STREAM, or the connection closed)."""
         ...
@@ -134,6 +147,34 @@ class Exchange(Protocol):
     async def refuse(self, decision: Decision, status: int = 403) -> None:
         """Answer ``status`` with the rule and the reason in words, if the head was not sent yet; else :meth:`abort`."""
         ...
+
+
+class Desk(Protocol):
+    """Where servers bring what guests ask."""
+
+    async def answer(self, exchange: Exchange) -> None:
+        """Judge, record and answer it, whatever comes of it; only cancelling ends it early.
+
+        Raises:
+            OSError: the guest's connection broke.
+        """
+        ...
+
+    async def turn_away(self, decision: Decision) -> None:
+        """Record that what came could not be read as a request. The server answers it."""
+        ...
+
+
+class DeniedError(Exception):
+    """What a service was to send must not be sent. Nothing of it was."""
+
+    def __init__(self, decision: Decision) -> None:
+        super().__init__(decision.reason)
+        self.decision = decision
+
+
+class MalformedFlowError(Exception):
+    """What the guest sends can no longer be read; its connection ends. Says why."""
 
 
 class NoUpgradeError(Exception):
@@ -155,6 +196,7 @@ class Service(Protocol):
         """Answer it. The request was allowed and recorded as opened before; the caller records its end.
 
         Raises:
+            DeniedError: what it was to send outside must not be sent; the caller refuses and records.
             GuestGoneError, OSError, NodeGoneError: it could not be finished; the caller aborts and records.
         """
         ...

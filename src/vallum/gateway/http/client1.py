@@ -1,0 +1,203 @@
+"""HTTP/1.1 towards granted servers: requests written anew, answers read strictly and with bounded memory.
+
+Covered: answers that lie about their length, end early, come twice or unasked, have heads without end, or do not come.
+Not covered: trailers of answers; they are dropped (RFC 9110, section 6.5.1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+from collections.abc import AsyncIterator
+
+import h11
+import msgspec
+
+from vallum.gateway.http.exchange import MAX_HEAD_BYTES, Carrier, Headers
+from vallum.gateway.http.head import MalformedError, end_to_end, is_chunked, read_length
+from vallum.gateway.stream import SocketStream, Stream
+from vallum.gateway.tls.upstream import connect_tls
+
+HEAD_S = 300.0
+"""How long a server may think before its answer begins."""
+IDLE_S = 300.0
+"""How long a server may pause within its answer, or leave what was sent to it unread."""
+MAX_INTERIM = 16
+"""Answers with 1xx before the real one."""
+
+
+class UpstreamError(OSError):
+    """The server's answer cannot be used. Says why."""
+
+
+class ResponseHead(msgspec.Struct, frozen=True, kw_only=True):
+    """How an answer begins."""
+
+    status: int
+    headers: Headers
+    """As :data:`~vallum.gateway.http.exchange.Headers`."""
+    length: int | None
+    """Content-Length; None when there is none."""
+
+
+class Upstream:
+    """One connection to a server. One request at a time."""
+
+    def __init__(self, sock: socket.socket, stream: Stream, carrier: Carrier) -> None:
+        self._sock = sock
+        self._stream = stream
+        self._counters = carrier.counters
+        self._parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether another request may be sent over it: the last one ended well, and nothing came since."""
+        if self._parser.our_state is not h11.IDLE or self._parser.trailing_data[0]:
+            return False
+        readable, _, _ = select.select([self._sock], [], [], 0)
+        return not readable
+
+    @property
+    def stream(self) -> Stream:
+        """The bytes themselves, after a switch of protocols."""
+        return self._stream
+
+    async def send_head(self, method: str, target: str, headers: Headers) -> None:
+        """Send a request's head; ``headers`` are complete, with Host and the framing of the body.
+
+        Raises:
+            OSError: the connection broke.
+        """
+        await self._send(h11.Request(method=method, target=target, headers=list(headers)))
+
+    async def send_body(self, data: bytes) -> None:
+        """Send a piece of its body; waits while the server does not read. Raises OSError as :meth:`send_head`."""
+        await self._send(h11.Data(data=data))
+
+    async def end_body(self) -> None:
+        """The request is complete. Raises OSError as :meth:`send_head`."""
+        await self._send(h11.EndOfMessage())
+
+    async def read_head(self) -> ResponseHead:
+        """The final answer's head, or that of 101; other interim answers are passed over.
+
+        Raises:
+            UpstreamError: there is none that can be read.
+            OSError: the connection broke; TimeoutError: it took too long.
+        """
+        async with asyncio.timeout(HEAD_S):
+            for _ in range(MAX_INTERIM):
+                event = await self._next_event()
+                if isinstance(event, h11.Response) or (
+                    isinstance(event, h11.InformationalResponse) and event.status_code == 101
+                ):
+                    headers = [(bytes(name), bytes(value)) for name, value in event.headers]
+                    try:
+                        length = read_length(headers)
+                    except MalformedError as error:
+                        raise UpstreamError(f"the server's answer is malformed: {error}") from error
+                    if is_chunked(event):
+                        length = None  # it was read by its chunks, whatever else it claims
+                    return ResponseHead(status=event.status_code, headers=end_to_end(headers), length=length)
+                if not isinstance(event, h11.InformationalResponse):
+                    raise UpstreamError("the server ended without an answer")
+        raise UpstreamError(f"the server sent more than {MAX_INTERIM} interim answers")
+
+    async def read_body(self) -> AsyncIterator[bytes]:
+        """The answer's body. Raises as :meth:`read_head`."""
+        while True:
+            async with asyncio.timeout(IDLE_S):
+                event = await self._next_event()
+            if isinstance(event, h11.Data):
+                yield bytes(event.data)
+            elif isinstance(event, h11.EndOfMessage):
+                return
+            else:
+                raise UpstreamError("the server ended within its answer")
+
+    def settle(self) -> None:
+        """The exchange is over: be ready for the next, if it ended well on both sides."""
+        if self._parser.our_state is h11.DONE and self._parser.their_state is h11.DONE:
+            self._parser.start_next_cycle()
+
+    def take_rest(self) -> bytes:
+        """What came behind the head of a 101."""
+        return self._parser.trailing_data[0]
+
+    def close(self) -> None:
+        """Close it, without waiting for anything."""
+        self._stream.abort()
+
+    async def _send(self, event: h11.Event) -> None:
+        data = self._parser.send(event)
+        if data:
+            self._counters.bytes_out += len(data)
+            await asyncio.wait_for(self._stream.send(data), IDLE_S)
+
+    async def _next_event(self) -> object:
+        try:
+            while (event := self._parser.next_event()) is h11.NEED_DATA:
+                data = await self._stream.recv()
+                self._counters.bytes_in += len(data)
+                self._parser.receive_data(data)
+        except h11.RemoteProtocolError as error:
+            raise UpstreamError(f"the server's answer is malformed ({error})") from error
+        return event
+
+
+class Upstreams:
+    """The connections of one flow to its server. Never shared with another flow."""
+
+    def __init__(self, carrier: Carrier) -> None:
+        self._carrier = carrier
+        self._idle: dict[tuple[str, str], list[Upstream]] = {}
+        self._all: set[Upstream] = set()
+
+    async def open(self, scheme: str, host: str, *, fresh: bool = False) -> tuple[Upstream, bool]:
+        """A connection for a request to ``host``, and whether it was used before (never when ``fresh``).
+
+        Raises:
+            HandshakeError: the server's certificate cannot be accepted.
+            OSError: it cannot be connected to.
+        """
+        idle = self._idle.get((scheme, host), [])
+        while idle and not fresh:
+            kept = idle.pop()
+            if kept.is_fresh:
+                return kept, True
+            self.drop(kept)
+        sock = await self._carrier.connect()
+        try:
+            stream: Stream = SocketStream(sock)
+            if scheme == "https":
+                roots = self._carrier.cell.kit.upstream_roots
+                stream = await connect_tls(sock, server_name=host, roots_pem=roots)
+        except BaseException:
+            sock.close()
+            raise
+        upstream = Upstream(sock, stream, self._carrier)
+        self._all.add(upstream)
+        return upstream, False
+
+    def keep(self, scheme: str, host: str, upstream: Upstream) -> None:
+        """Its exchange ended: keep it for the next, if it can be."""
+        upstream.settle()
+        if upstream.is_fresh:
+            self._idle.setdefault((scheme, host), []).append(upstream)
+
+    def release(self, upstream: Upstream) -> None:
+        """Nobody uses it any more: close it, unless it is kept."""
+        if not any(upstream in idle for idle in self._idle.values()):
+            self.drop(upstream)
+
+    def drop(self, upstream: Upstream) -> None:
+        """Close one."""
+        self._all.discard(upstream)
+        upstream.close()
+
+    def close(self) -> None:
+        """Close all of them."""
+        for upstream in tuple(self._all):
+            self.drop(upstream)
+        self._idle.clear()

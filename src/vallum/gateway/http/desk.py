@@ -1,0 +1,258 @@
+"""Every request's way: judged, perhaps held for a person, recorded, answered by a service, and its end recorded.
+
+Covered: nothing of a request reaches a service before ``http.request`` opened is acknowledged; rules that change while
+it is held or answered are applied to it; a judge that fails denies; every opened request is closed in the record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from typing import Literal
+
+import msgspec
+
+from vallum.core.clock import mono_ns, wall_ns
+from vallum.core.events import HttpRequest
+from vallum.core.verdict import Decision, fail_closed
+from vallum.gateway.cell import NodeGoneError, Owner
+from vallum.gateway.http.exchange import Carrier, DeniedError, Exchange, GuestGoneError, RequestHead, Service
+from vallum.gateway.http.head import Place
+from vallum.gateway.http.judging import Judgement, judge
+from vallum.gateway.http.redaction import redact_target
+from vallum.gateway.kit import ServiceName
+from vallum.gateway.services import NoServiceError, make_service
+from vallum.gateway.tls.termination import HandshakeError
+
+_GONE = Decision(verdict="deny", rule="internal-error", reason="the node did not answer, so nothing was sent")
+
+log = logging.getLogger(__name__)
+
+
+class OpenRequest:
+    """A request that a service is answering: cut when the rules change against it. In ``GatewayCell.flows``."""
+
+    def __init__(self, desk: RequestDesk, exchange: Exchange, owner: Owner, task: asyncio.Task[None]) -> None:
+        self._desk = desk
+        self._exchange = exchange
+        self._owner = owner
+        self._task = task
+        self.cut: Decision | None = None
+
+    def rejudge(self) -> bool:
+        """As :meth:`vallum.gateway.cell.CutFlow.rejudge`."""
+        if self.cut is not None:
+            return False
+        decision = self._desk.judge(self._exchange.head, self._owner).decision
+        # What was held was allowed by a person.
+        if decision.verdict != "deny":
+            return False
+        self.cut = decision
+        self._task.cancel()
+        return True
+
+
+class RequestDesk:
+    """The desk of one flow. See :class:`~vallum.gateway.http.exchange.Desk`."""
+
+    def __init__(self, carrier: Carrier, place: Place) -> None:
+        self._carrier = carrier
+        self._place = place
+        self._services: dict[ServiceName, Service] = {}
+
+    def close(self) -> None:
+        """The flow is over."""
+        for service in self._services.values():
+            service.close()
+
+    def judge(self, head: RequestHead, owner: Owner) -> Judgement:
+        """The verdict by the rules as they are now; a judge that fails denies."""
+        cell = self._carrier.cell
+        try:
+            return judge(cell.rules, self._carrier.facts, head, cell.asker(owner))
+        except Exception:  # a judge that failed denies, whatever it failed of
+            log.exception("cell %s: judging a request failed", cell.id)
+            return Judgement(decision=fail_closed("judging the request"), head=head)
+
+    async def turn_away(self, decision: Decision) -> None:
+        """As :meth:`Desk.turn_away`."""
+        with contextlib.suppress(NodeGoneError):
+            owner = await self._owner()
+            await self._record("denied", "", None, decision, owner)
+
+    async def answer(self, exchange: Exchange) -> None:
+        """As :meth:`Desk.answer`."""
+        owner = await self._owner()
+        judgement = self.judge(exchange.head, owner)
+        try:
+            if judgement.decision.verdict == "hold":
+                judgement = await self._hold(exchange, judgement, owner)
+            exchange.head, exchange.decision = judgement.head, judgement.decision
+            if judgement.decision.verdict != "allow":
+                await self._record("denied", exchange.id, exchange, judgement.decision, owner)
+                await exchange.refuse(judgement.decision, judgement.status)
+                return
+            await self._record("opened", exchange.id, exchange, judgement.decision, owner, service=judgement.service)
+        except NodeGoneError as error:
+            log.warning("cell %s: request refused: %s", self._carrier.cell.id, error)
+            await exchange.refuse(_GONE, 503)
+            return
+        await self._serve(exchange, judgement, owner)
+
+    async def _serve(self, exchange: Exchange, judgement: Judgement, owner: Owner) -> None:
+        """Let a service answer what was recorded as opened; record its end whatever comes."""
+        decision = judgement.decision
+        serving = asyncio.ensure_future(self._run_service(exchange, judgement))
+        open_request = OpenRequest(self, exchange, owner, serving)
+        flows = self._carrier.cell.flows
+        flows.add(open_request)
+        try:
+            if open_request.rejudge():
+                pass  # the rules changed while it was being recorded
+            await asyncio.wait({serving})
+            if open_request.cut is not None:
+                decision = open_request.cut
+                await self._record("denied", exchange.id, exchange, decision, owner, service=judgement.service)
+                await exchange.refuse(decision)
+            elif not serving.cancelled() and (error := serving.exception()) is not None:
+                decision = await self._conclude(exchange, decision, error)
+        finally:
+            flows.discard(open_request)
+            serving.cancel()
+            await asyncio.wait({serving})
+            with contextlib.suppress(NodeGoneError):
+                await self._record("closed", exchange.id, exchange, decision, owner, service=judgement.service)
+
+    async def _run_service(self, exchange: Exchange, judgement: Judgement) -> None:
+        name = judgement.service
+        service = self._services.get(name)  # type: ignore[call-overload]
+        if service is None:
+            service = self._services[name] = make_service(name, self._carrier)  # type: ignore[index, arg-type]
+        await service.serve(exchange)
+
+    async def _conclude(self, exchange: Exchange, decision: Decision, error: BaseException) -> Decision:
+        """Tell the guest that a service failed, and what the record says of it."""
+        if isinstance(error, DeniedError):
+            owner = await self._owner()
+            await self._record("denied", exchange.id, exchange, error.decision, owner)
+            await exchange.refuse(error.decision)
+            return error.decision
+        if isinstance(error, HandshakeError):
+            await exchange.refuse(error.decision, 502)
+            return error.decision
+        if isinstance(error, GuestGoneError):
+            await exchange.abort(str(error))
+        elif isinstance(error, OSError | NodeGoneError | NoServiceError):
+            why = str(error) or type(error).__name__
+            await exchange.refuse(Decision(verdict="deny", rule="upstream", reason=why), status_of(error))
+            return Decision(
+                verdict=decision.verdict, rule=decision.rule, reason=f"{decision.reason}; it ended with: {why}"
+            )
+        else:
+            log.error("cell %s: serving a request failed", self._carrier.cell.id, exc_info=error)
+            await exchange.refuse(fail_closed("answering the request"), 500)
+        return Decision(
+            verdict=decision.verdict, rule=decision.rule, reason=f"{decision.reason}; it ended with: {error}"
+        )
+
+    async def _hold(self, exchange: Exchange, judgement: Judgement, owner: Owner) -> Judgement:
+        """Wait for a person. The guest's leaving cancels this, and with it the hold.
+
+        Raises:
+            NodeGoneError: nobody can be asked.
+        """
+        cell, decision = self._carrier.cell, judgement.decision
+        head = exchange.head
+        asked = asyncio.ensure_future(
+            cell.node.hold(
+                cell.id,
+                subject=f"{head.method} {head.scheme}://{head.host}{self._shown(head)}",
+                rule=decision.rule,
+                flow=self._carrier.id,
+                timeout_s=cell.kit.approval_timeout_s,
+            )
+        )
+        left = asyncio.ensure_future(exchange.left())
+        try:
+            await asyncio.wait({asked, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not asked.done():
+                reason = f"{decision.reason}; the guest left before it was decided"
+                gone = Decision(verdict="deny", rule=decision.rule, reason=reason)
+                return msgspec.structs.replace(judgement, decision=gone)
+            given = asked.result()
+        finally:
+            asked.cancel()
+            left.cancel()
+        refused = Decision(verdict="deny", rule=decision.rule, reason=given.reason)
+        if given.verdict != "allow":
+            return msgspec.structs.replace(judgement, decision=refused)
+        # The rules may have changed meanwhile: approved is what was asked, not what they deny by now.
+        again = self.judge(exchange.head, owner)
+        if again.decision.verdict == "hold" and again.decision.rule == decision.rule:
+            allowed = Decision(verdict="allow", rule=decision.rule, reason=given.reason)
+            return msgspec.structs.replace(again, decision=allowed)
+        if again.decision.verdict == "hold":
+            return msgspec.structs.replace(again, decision=msgspec.structs.replace(again.decision, verdict="deny"))
+        return again
+
+    async def _owner(self) -> Owner:
+        try:
+            return await self._carrier.owner()
+        except NodeGoneError as error:
+            log.warning("cell %s: not attributed: %s", self._carrier.cell.id, error)
+            return self._carrier.cell.owner
+
+    def _shown(self, head: RequestHead) -> str:
+        kit = self._carrier.cell.kit
+        return redact_target(head.target, [*(c.secret for c in kit.credentials), *(c.value for c in kit.canaries)])
+
+    async def _record(
+        self,
+        state: Literal["opened", "closed", "denied"],
+        request: str,
+        exchange: Exchange | None,
+        decision: Decision,
+        owner: Owner,
+        *,
+        service: str = "gateway",
+    ) -> None:
+        """Append the request's event and wait until it is written.
+
+        Raises:
+            NodeGoneError: it was not.
+        """
+        cell, facts = self._carrier.cell, self._carrier.facts
+        head = exchange.head if exchange is not None else None
+        tally = exchange.tally if exchange is not None else None
+        event = HttpRequest(
+            t_ns=wall_ns(),
+            mono_ns=mono_ns(),
+            scope=owner.scope,
+            attribution=owner.attribution,
+            state=state,
+            flow=self._carrier.id,
+            request=request,
+            verdict=decision.verdict,
+            rule=decision.rule,
+            reason=decision.reason,
+            method=head.method if head is not None else "",
+            scheme="https" if self._place.scheme == "https" else "http",
+            host=head.host if head is not None else facts.server_name or facts.dst_ip,
+            port=facts.dst_port,
+            path=self._shown(head) if head is not None else "",
+            service=service,
+            phase=cell.kit.phase,
+            **({} if tally is None or state == "opened" else dataclasses.asdict(tally)),
+        )
+        await cell.node.append(cell.id, event)
+
+
+def status_of(error: BaseException) -> int:
+    """The status that tells a guest why the server behind the gateway gave no answer."""
+    if isinstance(error, TimeoutError):
+        return 504
+    if isinstance(error, NodeGoneError | NoServiceError):
+        return 503
+    return 502

@@ -1,0 +1,185 @@
+"""Forwards requests to the granted server, over HTTP/1.1, with the grant's credential if it has one.
+
+Covered: canaries in head and body are looked for before they leave; a credential goes only to hosts that it is for,
+replaces what the guest sent in its place, and is masked where the server sends it back in plain sight; memory is
+bounded in both directions. Not covered: a credential that a server sends back encoded in another way or compressed
+although it was asked not to compress.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+
+from vallum.core.text import show
+from vallum.core.verdict import Decision
+from vallum.gateway.http.canaries import BodyScanner, FoundError, scan_head
+from vallum.gateway.http.client1 import ResponseHead, Upstream, UpstreamError, Upstreams
+from vallum.gateway.http.exchange import Carrier, DeniedError, Exchange, Headers, RequestHead
+from vallum.gateway.http.redaction import Masker
+from vallum.gateway.kit import Credential, Kit
+from vallum.rules.grants import Rule
+
+IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+"""RFC 9110, section 9.2.2."""
+
+
+def make_service(carrier: Carrier) -> Forward:
+    """The service for one flow."""
+    return Forward(carrier)
+
+
+def find_credential(kit: Kit, rule: Rule | None, host: str) -> Credential | None:
+    """The credential that the grant puts into requests to ``host``; None when it has none.
+
+    Raises:
+        DeniedError: it names one that there is not, or that is not for this host.
+    """
+    if rule is None or not rule.credential:
+        return None
+    for credential in kit.credentials:
+        if credential.name == rule.credential:
+            if any(Rule(id="", host=pattern).matches_name(host) or pattern == host for pattern in credential.hosts):
+                return credential
+            reason = f"the credential {show(credential.name)} is not for {show(host)}, so the request was not sent"
+            raise DeniedError(Decision(verdict="deny", rule="credential", reason=reason))
+    reason = f"the credential {show(rule.credential)} of the grant is not known, so the request was not sent"
+    raise DeniedError(Decision(verdict="deny", rule="credential", reason=reason))
+
+
+def inject(headers: Headers, credential: Credential) -> tuple[Headers, tuple[bytes, ...]]:
+    """Headers with the credential in place of what the guest sent there, and what must not come back."""
+    if credential.header == "basic":
+        name, value = b"authorization", b"Basic " + base64.b64encode(credential.secret)
+    else:
+        name, value = credential.header.lower().encode(), credential.prefix.encode() + credential.secret
+    # An answer that is not compressed can be searched for the secret.
+    kept = [pair for pair in headers if pair[0] not in {name, b"accept-encoding"}]
+    secrets = (credential.secret, *(part for part in credential.secret.split(b":", 1) if credential.header == "basic"))
+    return (*kept, (b"accept-encoding", b"identity"), (name, value)), secrets
+
+
+def write_headers(head: RequestHead, headers: Headers, *, default_port: int) -> Headers:
+    """All headers of the request as it is sent: Host first, then the guest's, then the framing of its body."""
+    host = f"[{head.host}]" if ":" in head.host else head.host
+    if head.port != default_port:
+        host = f"{host}:{head.port}"
+    framing: Headers = ()
+    if head.length is not None:
+        framing = ((b"content-length", b"%d" % head.length),)
+    elif head.streamed:
+        framing = ((b"transfer-encoding", b"chunked"),)
+    return ((b"host", host.encode()), *headers, *framing)
+
+
+class Forward:
+    """See :class:`~vallum.gateway.http.exchange.Service`."""
+
+    def __init__(self, carrier: Carrier) -> None:
+        self._carrier = carrier
+        self._upstreams = Upstreams(carrier)
+
+    def close(self) -> None:
+        """As :meth:`Service.close`."""
+        self._upstreams.close()
+
+    async def serve(self, exchange: Exchange) -> None:
+        """As :meth:`Service.serve`."""
+        head, kit = exchange.head, self._carrier.cell.kit
+        rule = self._carrier.cell.rules.find(exchange.decision.rule)
+        self._scan(head, kit)
+        credential = find_credential(kit, rule, head.host)
+        headers, masker = head.headers, Masker(())
+        if credential is not None:
+            headers, secrets = inject(headers, credential)
+            masker = Masker(secrets)
+            exchange.tally.credential = credential.name
+        default_port = 443 if head.scheme == "https" else 80
+        headers = write_headers(head, headers, default_port=default_port)
+        has_body = head.streamed or bool(head.length)
+        try:
+            await self._attempt(exchange, headers, masker, fresh=False)
+        except _StaleError:
+            if has_body or head.method not in IDEMPOTENT:
+                raise
+            await self._attempt(exchange, headers, masker, fresh=True)
+
+    def _scan(self, head: RequestHead, kit: Kit) -> None:
+        try:
+            target, host = head.target.encode(), head.host.encode()
+            scan_head(kit.canaries, [host, target, *(name + b": " + value for name, value in head.headers)])
+        except FoundError as error:
+            raise DeniedError(error.decision) from error
+
+    async def _attempt(self, exchange: Exchange, headers: Headers, masker: Masker, *, fresh: bool) -> None:
+        head = exchange.head
+        upstream, was_used = await self._upstreams.open(head.scheme, head.host, fresh=fresh)
+        sending: asyncio.Task[None] | None = None
+        try:
+            try:
+                await upstream.send_head(head.method, head.target, headers)
+                sending = asyncio.create_task(self._send_body(exchange, upstream))
+                answer = await self._await_head(upstream, sending)
+            except OSError as error:
+                if was_used and not isinstance(error, TimeoutError):
+                    raise _StaleError(str(error)) from error
+                raise
+            await self._pass_back(exchange, upstream, answer, masker)
+            # An answer may come before the end of the body; then nobody wants the rest of it.
+            if sending.done():
+                sending.result()
+                self._upstreams.keep(head.scheme, head.host, upstream)
+        finally:
+            if sending is not None and not sending.done():
+                sending.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await sending
+            self._upstreams.release(upstream)
+
+    async def _await_head(self, upstream: Upstream, sending: asyncio.Task[None]) -> ResponseHead:
+        """The answer's head, unless sending the body fails first of what the guest did."""
+        reading = asyncio.create_task(upstream.read_head())
+        try:
+            await asyncio.wait({reading, sending}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                error = sending.exception()
+                if error is not None and not isinstance(error, OSError):
+                    raise error
+                # The server may have closed its ear and answered nevertheless.
+                await asyncio.wait({reading})
+            return reading.result()
+        finally:
+            if not reading.done():
+                reading.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await reading
+
+    async def _send_body(self, exchange: Exchange, upstream: Upstream) -> None:
+        scanner = BodyScanner(self._carrier.cell.kit.canaries)
+        try:
+            async for piece in exchange.body():
+                await self._send_piece(exchange, upstream, scanner.feed(piece))
+            await self._send_piece(exchange, upstream, scanner.finish())
+        except FoundError as error:
+            raise DeniedError(error.decision) from error
+        await upstream.end_body()
+
+    async def _send_piece(self, exchange: Exchange, upstream: Upstream, data: bytes) -> None:
+        if data:
+            await upstream.send_body(data)
+            exchange.tally.bytes_out += len(data)
+
+    async def _pass_back(self, exchange: Exchange, upstream: Upstream, answer: ResponseHead, masker: Masker) -> None:
+        if answer.status == 101:
+            raise UpstreamError("the server switched to another protocol, which nobody asked for")
+        headers = tuple((name, masker.mask(value)) for name, value in answer.headers)
+        await exchange.start(answer.status, headers, length=answer.length)
+        async for piece in upstream.read_body():
+            await exchange.send(masker.feed(piece))
+        await exchange.send(masker.finish())
+        await exchange.end()
+
+
+class _StaleError(OSError):
+    """A connection that was kept had ended meanwhile."""
