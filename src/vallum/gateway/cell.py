@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import dns.rcode
@@ -31,9 +32,11 @@ from vallum.gateway.kit import Kit, ServiceName
 from vallum.gateway.names import CellNames, HostResolver, LookupTemporarilyFailedError, find_service, stand_ins_of
 from vallum.gateway.tls.upstream import Vetting
 from vallum.gateway.wire import ProposedCall
-from vallum.rules.grants import Ruleset
+from vallum.rules.facts import Asker
+from vallum.rules.grants import Rule, Ruleset
 from vallum.rules.names import is_under
-from vallum.rules.verdicts import Asker, judge_query
+from vallum.rules.queries import QueryLoad, judge_query_load
+from vallum.rules.verdicts import judge_query
 
 MAX_FLOWS = 1024
 """Flows of one cell at once; further connections wait in the kernel's queue."""
@@ -43,6 +46,16 @@ GATEWAY_SERVICE = "gateway-service"
 """The rule of decisions on the gateway's own names and addresses."""
 
 log = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=256)
+def _asks_step(rule: Rule) -> bool:
+    return (rule.selector is not None and rule.selector.steps is not None) or "step" in rule.when
+
+
+def asks_step(rules: Ruleset) -> bool:
+    """Whether a rule cannot be judged without the step of who asks."""
+    return any(map(_asks_step, (*rules.deny, *rules.hold, *rules.allow)))
 
 
 class NodeGoneError(Exception):
@@ -149,6 +162,7 @@ class GatewayCell:
         self.names = CellNames(resolver)
         self.vetting = vetting
         self.flows: set[CutFlow] = set()
+        self._load = QueryLoad()
         self._serve = serve
         self._doors = [*tcp, *dns]
         self._slots = asyncio.Semaphore(MAX_FLOWS)
@@ -176,6 +190,11 @@ class GatewayCell:
             step=owner.scope.step if owner is not None else None,
             phase=self.kit.phase,
         )
+
+    @property
+    def asks_step(self) -> bool:
+        """Whether some rule is for certain steps only, so that nothing can be judged before the step is known."""
+        return asks_step(self.rules)
 
     def offers(self, service: ServiceName) -> bool:
         """Whether the cell has that service of the gateway's own."""
@@ -275,12 +294,13 @@ class GatewayCell:
             return write_failure(query, query.rcode)
         answers: list[str] = []
         try:
-            decision = self._judge_own(query) or judge_query(self.rules, query.qname, query.qtype)
+            asker = self.asker(await self.attribute(transport, src, dst) if self.asks_step else None)
+            decision = self._judge_own(query) or self._judge_query(query, asker)
             decision_ns = mono_ns() - started_ns
             attribution = asyncio.create_task(self.attribute(transport, src, dst))
             try:
                 if decision.verdict == "allow":
-                    decision, answers, answer = await self._resolve(query, decision, udp=transport == "udp")
+                    decision, answers, answer = await self._resolve(query, decision, asker, udp=transport == "udp")
                 else:
                     answer = write_refusal(query, decision)
                 owner = await attribution
@@ -298,6 +318,13 @@ class GatewayCell:
             return write_failure(query, dns.rcode.SERVFAIL)
         return answer
 
+    def _judge_query(self, query: Query, asker: Asker) -> Decision:
+        decision = judge_query(self.rules, query.qname, query.qtype, asker)
+        if decision.verdict != "allow":
+            return decision
+        self._load, load = judge_query_load(self.rules, self._load, query.qname, mono_ns())
+        return decision if load.verdict == "allow" else load
+
     def _judge_own(self, query: Query) -> Decision | None:
         """The verdict on a name of the gateway's own zone; None for every other name."""
         name = query.qname.lower()
@@ -308,7 +335,9 @@ class GatewayCell:
             return Decision(verdict="allow", rule=GATEWAY_SERVICE, reason=f"{name} is the gateway's own")
         return Decision(verdict="deny", rule=GATEWAY_SERVICE, reason=f"{show(name)} is not offered to this cell")
 
-    async def _resolve(self, query: Query, decision: Decision, *, udp: bool) -> tuple[Decision, list[str], bytes]:
+    async def _resolve(
+        self, query: Query, decision: Decision, asker: Asker, *, udp: bool
+    ) -> tuple[Decision, list[str], bytes]:
         if not query.wants_addresses:
             return decision, [], write_answer(query, [], exists=True, udp=udp)
         name = query.qname.lower()
@@ -317,7 +346,7 @@ class GatewayCell:
             family = [ip for ip in own if (":" in ip) == (query.qtype == "AAAA")]
             return decision, family, write_answer(query, own, exists=True, udp=udp)
         try:
-            found = await self.names.resolve(name, self.rules)
+            found = await self.names.resolve(name, self.rules, asker)
         except LookupTemporarilyFailedError as error:
             reason = f"{decision.reason}, but {error}"
             failed = Decision(verdict=decision.verdict, rule=decision.rule, reason=reason)

@@ -32,7 +32,8 @@ from vallum.gateway.own import is_own
 from vallum.gateway.relay import Counters, Guard, HoldingGuard, OpenGuard, UnknownGuard, relay
 from vallum.gateway.sniff import MAX_BYTES, Sniffed, Sniffer
 from vallum.gateway.tls.termination import HandshakeError
-from vallum.rules.verdicts import FlowFacts, Pin, admits_server_first, judge_flow, may_connect, reads_requests
+from vallum.rules.facts import Asker, FlowFacts, Pin
+from vallum.rules.verdicts import admits_server_first, judge_flow, may_connect, reads_requests
 
 EVIDENCE_GRACE_S = 0.005
 """How long a refusal waits for the guest's first bytes: evidence, and how to phrase it."""
@@ -129,6 +130,12 @@ class GatewayFlow:
         if self._server is not None:
             reset(self._server)
 
+    @property
+    def asker(self) -> Asker:
+        """Who asks; with the step where that is known by now."""
+        is_known = self._owner.done() and not self._owner.cancelled() and self._owner.exception() is None
+        return self.cell.asker(self._owner.result() if is_known else None)
+
     async def owner(self) -> Owner:
         """Who opened it.
 
@@ -149,7 +156,7 @@ class GatewayFlow:
 
     def _judge(self) -> Decision:
         if self.service is None:
-            return judge_flow(self.cell.rules, self.facts)
+            return judge_flow(self.cell.rules, self.facts, self.asker)
         return self._judge_service(self.service)
 
     def _judge_service(self, service: ServiceName) -> Decision:
@@ -172,7 +179,9 @@ class GatewayFlow:
             await self._serve_dns()
             return
         decision = (
-            may_connect(self.cell.rules, self.facts) if self.service is None else self._judge_service(self.service)
+            may_connect(self.cell.rules, self.facts, self.asker)
+            if self.service is None
+            else self._judge_service(self.service)
         )
         if decision.verdict == "deny":
             self._decided()
@@ -241,9 +250,9 @@ class GatewayFlow:
         """What the guest's first bytes are; or that the server may speak first. ``self.head`` keeps the bytes."""
         loop = asyncio.get_running_loop()
         sniffer = Sniffer()
-        server_first = self.service is None and admits_server_first(self.cell.rules, self.facts)
+        server_first = self.service is None and admits_server_first(self.cell.rules, self.facts, self.asker)
         # A server that speaks before its requests are read would answer nobody's.
-        server_first = server_first and not reads_requests(self.cell.rules, self.facts)
+        server_first = server_first and not reads_requests(self.cell.rules, self.facts, self.asker)
         deadline = loop.time() + SNIFF_TIMEOUT_S
         try:
             if server_first:
@@ -299,7 +308,7 @@ class GatewayFlow:
         protocol = self.facts.protocol
         if self.service is not None or protocol == "http2":
             return True
-        return protocol in {"http", "tls"} and reads_requests(self.cell.rules, self.facts)
+        return protocol in {"http", "tls"} and reads_requests(self.cell.rules, self.facts, self.asker)
 
     def _name_to_vet(self) -> str | None:
         """The granted name that the server has to show a certificate for, before what the guest says in TLS is relayed."""
@@ -325,7 +334,9 @@ class GatewayFlow:
             raise RefusedError(error.decision) from error
 
     def _judge_host(self, host: str | None) -> Decision:
-        return judge_flow(self.cell.rules, msgspec.structs.replace(self.facts, protocol="http", server_name=host))
+        return judge_flow(
+            self.cell.rules, msgspec.structs.replace(self.facts, protocol="http", server_name=host), self.asker
+        )
 
     # -- refused -----------------------------------------------------------------------------------------
 

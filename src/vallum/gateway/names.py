@@ -23,9 +23,10 @@ from vallum.core.verdict import Decision
 from vallum.gateway.kit import MODEL_HOST, TOOLS_HOST, ServiceName
 from vallum.gateway.own import has_route, is_own
 from vallum.rules.addresses import canonical
+from vallum.rules.facts import Asker, Pin
 from vallum.rules.grants import Ruleset
 from vallum.rules.names import normalise_name
-from vallum.rules.verdicts import Pin, judge_answer
+from vallum.rules.verdicts import judge_answer
 
 TTL_S = 60
 """What the guest is told."""
@@ -168,7 +169,7 @@ class CellNames:
         self._cache: OrderedDict[str, tuple[int, list[str]]] = OrderedDict()
         self._stand_ins: dict[str, str] = {}
 
-    async def resolve(self, name: str, rules: Ruleset) -> Resolution:
+    async def resolve(self, name: str, rules: Ruleset, asker: Asker | None = None) -> Resolution:
         """Look up a name that the rules have granted, and pin what may be used.
 
         Raises:
@@ -180,7 +181,7 @@ class CellNames:
         dropped: list[Decision] = []
         for text in raw[: 4 * MAX_ADDRESSES]:
             upstream = str(canonical(text))
-            decision = judge_answer(rules, name, upstream, local=upstream in local, own=is_own(upstream))
+            decision = judge_answer(rules, name, upstream, local=upstream in local, own=is_own(upstream), asker=asker)
             if decision.verdict != "allow":
                 dropped.append(decision)
             elif has_route(upstream) and len(kept) < MAX_ADDRESSES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -41,9 +42,11 @@ class Answers:
         self.tool: Callable[[CallTool], Awaitable[str]] | None = None
         """Calls a tool of the host."""
 
-    async def attribute(self, cell: str, *, protocol: str, src: tuple[str, int], dst: tuple[str, int]) -> Answer:
+    def attribute(
+        self, cell: str, *, protocol: str, src: tuple[str, int], dst: tuple[str, int]
+    ) -> asyncio.Future[Answer]:
         """See the contract."""
-        return await self._questions.ask(cell, protocol=protocol, src=src, dst=dst)
+        return self._questions.ask(cell, protocol=protocol, src=src, dst=dst)
 
     def emit(self, event: AnyEvent) -> int:
         """See the contract."""

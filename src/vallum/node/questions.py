@@ -21,7 +21,7 @@ AT_ONCE = 64
 AnswerMany = Callable[[str, list[Asked], int], list[Answer]]
 """Answers for a cell; the third argument is when the first of them was asked (``mono_ns``)."""
 
-_Waiting = tuple[Asked, asyncio.Future[Answer], int]
+_Waiting = tuple[Asked, "asyncio.Future[Answer]", int]
 
 
 class Questions:
@@ -32,38 +32,46 @@ class Questions:
         self._answer_many = answer_many
         self._rest_s = rest_s
         self._waiting: dict[str, list[_Waiting]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def ask(self, cell: str, *, protocol: str, src: tuple[str, int], dst: tuple[str, int]) -> Answer:
-        """As :meth:`vallum.core.ports.Attributor.attribute`.
+    def ask(self, cell: str, *, protocol: str, src: tuple[str, int], dst: tuple[str, int]) -> asyncio.Future[Answer]:
+        """The future of an answer as :meth:`vallum.core.ports.Attributor.attribute` gives it.
 
-        Raises:
-            LookupError, OSError, VallumError: nobody can say.
+        It raises LookupError, OSError, VallumError or ValueError where nobody can say.
         """
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
         queue = self._waiting.get(cell)
         if queue is None:
             queue = self._waiting[cell] = []
-            task = asyncio.get_running_loop().create_task(self._serve(cell, queue))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._plan(loop, cell)
         queue.append((Asked(protocol, src, dst), future, mono_ns()))
-        return await future
+        return future
 
-    async def _serve(self, cell: str, queue: list[_Waiting]) -> None:
-        lot: list[_Waiting] = []
-        try:
-            while queue:
-                await asyncio.sleep(self._rest_s(cell))
-                lot = queue[:AT_ONCE]
-                del queue[:AT_ONCE]
-                self._settle(cell, lot)
-        finally:
+    def _plan(self, loop: asyncio.AbstractEventLoop, cell: str) -> None:
+        # Not at once: what else came in the same turn is answered by the same look.
+        rest_s = self._rest_s(cell)
+        if rest_s > 0:
+            loop.call_later(rest_s, self._serve, loop, cell)
+        else:
+            loop.call_soon(self._serve, loop, cell)
+
+    def _serve(self, loop: asyncio.AbstractEventLoop, cell: str) -> None:
+        if self._rest_s(cell) > 0:  # somebody else had a look meanwhile
+            self._plan(loop, cell)
+            return
+        queue = self._waiting[cell]
+        lot = queue[:AT_ONCE]
+        del queue[:AT_ONCE]
+        if queue:
+            loop.call_soon(self._plan, loop, cell)
+        else:
             del self._waiting[cell]
-            for _, future, _ in [*lot, *queue]:
-                future.cancel()  # no effect on those that have their answer
+        # Who has gone meanwhile needs no answer.
+        self._settle(cell, [one for one in lot if not one[1].done()])
 
     def _settle(self, cell: str, lot: list[_Waiting]) -> None:
+        if not lot:
+            return
         try:
             answers = self._answer_many(cell, [asked for asked, _, _ in lot], lot[0][2])
         except (VallumError, OSError, LookupError, ValueError) as error:

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import thread_time_ns
 from typing import cast
 
 from vallum.core.clock import mono_ns
@@ -41,6 +42,10 @@ _REST = 5
 """A search costs the cell this many times its length, until the end of which the next one rests."""
 _SAVED_NS = 250_000_000
 """What a cell may use at once after a rest, in the same unit."""
+_KNOWN_NS = 1_000_000_000
+"""How long argv and executable of a process are believed without reading them again. Its start and the place of its
+stack, which every exec moves, are looked at each time; a machine without address randomisation is why there is a limit."""
+_MAX_KNOWN = 256
 _MAX_HOLDERS = 64
 """Holders of one socket that are looked at; where there are more, the answer is not certain."""
 
@@ -109,6 +114,8 @@ class _Watched:
     uid_map: list[tuple[int, int, int]]
     rested_ns: int = 0
     """When holders may be looked for again: see :data:`_REST`."""
+    known: dict[int, tuple[int, procfs.Seen]] = field(default_factory=dict)
+    """Processes that were read, and when; see :meth:`_Look._see`."""
 
 
 Answer = tuple[Scope, Attribution, Process | None, int | None]
@@ -165,12 +172,12 @@ class SocketAttributor:
             KeyError: the cell is not watched.
         """
         watched = self._cells[cell]
-        began_ns = mono_ns()
+        began_ns, worked_ns = mono_ns(), thread_time_ns()
         owners = self._find(watched, asked, is_rested=began_ns >= watched.rested_ns)
         look = _Look(watched)
         answers = [look.answer(owner) for owner in owners]
-        # What was saved up by doing nothing counts for a moment only.
-        watched.rested_ns = max(watched.rested_ns, began_ns - _SAVED_NS) + _REST * (mono_ns() - began_ns)
+        # What was saved up by doing nothing counts for a moment only. Work is what this thread did, not what it waited for.
+        watched.rested_ns = max(watched.rested_ns, began_ns - _SAVED_NS) + _REST * (thread_time_ns() - worked_ns)
         return answers
 
     def _find(self, watched: _Watched, asked: Sequence[Asked], *, is_rested: bool) -> list[SocketOwner | None]:
@@ -219,8 +226,31 @@ class _Look:
 
     def _see(self, pid: int) -> procfs.Seen | None:
         if pid not in self._seen:
-            self._seen[pid] = procfs.read_process(pid, self._watched.uid_map)
+            self._seen[pid] = self._recall(pid) or self._read(pid)
         return self._seen[pid]
+
+    def _recall(self, pid: int) -> procfs.Seen | None:
+        """What was read of a process a moment ago, when it is the same one in the same program still."""
+        read_ns, seen = self._watched.known.get(pid, (0, None))
+        if seen is None or not seen.stat.start_stack or mono_ns() - read_ns > _KNOWN_NS:
+            return None
+        now = procfs.read_stat(pid)
+        is_same = (
+            now is not None
+            and not now.is_dead
+            and (now.start_ticks, now.start_stack) == (seen.stat.start_ticks, seen.stat.start_stack)
+        )
+        return seen if is_same else None
+
+    def _read(self, pid: int) -> procfs.Seen | None:
+        seen = procfs.read_process(pid, self._watched.uid_map)
+        known = self._watched.known
+        known.pop(pid, None)
+        if seen is not None:
+            known[pid] = mono_ns(), seen
+            if len(known) > _MAX_KNOWN:
+                del known[next(iter(known))]
+        return seen
 
     def _hold(self, pid: int) -> Holder:
         if pid not in self._holders:

@@ -20,6 +20,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vallum.core.clock import mono_ns
 from vallum.sensors import netlink
@@ -74,6 +75,7 @@ class SocketOwner:
     """Whether every process could be looked at within the time allowed."""
 
 
+@lru_cache(maxsize=4096)
 def plain(address: str | bytes) -> Address:
     """An address with an IPv4-mapped one as IPv4 and without a zone.
 
