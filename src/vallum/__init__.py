@@ -7,6 +7,7 @@ facts; what is not permitted is stopped before its first byte; the record can be
 from __future__ import annotations
 
 from vallum import sync
+from vallum.client.approvals import Approval
 from vallum.client.face import EventView, ExecResult, Node, Process, Sandbox, Session
 from vallum.client.model import Model, ModelBudget, ModelPrice
 from vallum.client.snapshots import FileChange, FilesChanged, Snapshot
@@ -31,6 +32,7 @@ from vallum.core.limits import Limits
 from vallum.version import __version__
 
 __all__ = [
+    "Approval",
     "CellGone",
     "CommandNotExecutable",
     "CommandNotFound",

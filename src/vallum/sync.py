@@ -17,8 +17,10 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from vallum.client import face
+from vallum.client.approvals import Approval
 from vallum.client.face import EventView, ExecResult
 from vallum.client.snapshots import FilesChanged, Snapshot
+from vallum.client.wire import RulesUpdated
 
 T = TypeVar("T")
 
@@ -125,6 +127,14 @@ class Sandbox:
         """See :meth:`vallum.Sandbox.diff`."""
         return _loop.run(self._inner.diff(since))
 
+    def set_phase(self, phase: Literal["setup", "run"]) -> int:
+        """See :meth:`vallum.Sandbox.set_phase`."""
+        return _loop.run(self._inner.set_phase(phase))
+
+    def update_rules(self, **options: Any) -> RulesUpdated:
+        """See :meth:`vallum.Sandbox.update_rules`."""
+        return _loop.run(self._inner.update_rules(**options))
+
     def read_file(self, path: str, **options: Any) -> bytes:
         """See :meth:`vallum.Sandbox.read_file`."""
         return _loop.run(self._inner.read_file(path, **options))
@@ -181,6 +191,16 @@ class Node:
     def delete(self, snapshot: Snapshot | str) -> None:
         """See :meth:`vallum.Node.delete`."""
         _loop.run(self._inner.delete(snapshot))
+
+    def approvals(self) -> list[Approval]:
+        """See :meth:`vallum.Node.approvals`."""
+        return _loop.run(self._inner.approvals())
+
+    def decide(
+        self, approval: Approval | str, answer: Literal["allow", "deny", "always"], *, why: str = ""
+    ) -> Approval:
+        """See :meth:`vallum.Node.decide`."""
+        return _loop.run(self._inner.decide(approval, answer, why=why))
 
     def events(self, *, run: str, episode: str | None = None) -> list[EventView]:
         """See :meth:`vallum.Node.events`."""

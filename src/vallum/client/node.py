@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from vallum.client import wire
+from vallum.client.approvals import Answer, Approval, OnApproval, decide, list_approvals
 from vallum.client.connection import Connection, view
+from vallum.client.control import make_control, read_rules, update_rules
+from vallum.client.model import Model
 from vallum.client.opening import Opener
 from vallum.client.places import Places
 from vallum.client.sandbox import Sandbox
@@ -109,6 +111,17 @@ class Node:
         workdir: str | None = None,
         level: str = "ns",
         root: GuestRoot = "plain",
+        phase: wire.Phase = "run",
+        agent: str = "",
+        model: Model | None = None,
+        credentials: Sequence[str] | None = None,
+        canaries: Mapping[str, str | bytes] | None = None,
+        plant_canaries: bool = False,
+        on_approval: OnApproval | None = None,
+        approval_timeout_s: float = 300.0,
+        package_min_age_s: float = 0.0,
+        upstream_ca: str | os.PathLike[str] | None = None,
+        verify_upstream: bool = True,
         command: Sequence[str] = (),
     ) -> SandboxOpener:
         """A cell: ``async with node.sandbox(...) as sb`` or ``sb = await node.sandbox(...)``.
@@ -127,6 +140,19 @@ class Node:
             root: ``plain`` (user 0 of the cell has no more rights than any other user of it; the default) or ``owner``
                 (it also owns every file of the cell and may become its other users, as ``adduser``, ``apt-get`` and ``tar``
                 need; recorded; not rootless). What that opens: SECURITY.md, "Guest root".
+            phase: ``setup`` or ``run``: rules may be for one of them. :meth:`Sandbox.set_phase` ends the set-up.
+            agent: name of the agent, for rules that are for one agent.
+            model: where the cell's model calls go.
+            credentials: names of the stored credentials that the rules may use; None: those that they name.
+            canaries: name -> bytes (8 to 4096) that must not leave any cell of the run in plain sight. Every stored
+                credential's secret is one, too.
+            plant_canaries: put a file of false keys (``~/.aws/credentials``) into the cell; they are canaries.
+            on_approval: asked about what rules hold (see ``docs/approvals.md``); without it ``vallum approve`` is waited for.
+            approval_timeout_s: what nobody decides by then is denied.
+            package_min_age_s: versions of packages that are younger are refused, where the index tells their age.
+            upstream_ca: PEM file of authorities that granted servers may be signed by, beside the system's (default:
+                ``VALLUM_UPSTREAM_CA``).
+            verify_upstream: a granted server has to show a certificate for the granted name before TLS is relayed to it.
 
         Raises (when entered or awaited):
             InvalidInput, RuleError: an argument cannot be used.
@@ -134,7 +160,7 @@ class Node:
         """
         if root not in ("plain", "owner"):
             raise InvalidInput(f"root={root!r} is not usable: give 'plain' or 'owner'")
-        text, rules_name = _read_rules(rules)
+        text, rules_name = read_rules(rules)
         request = wire.CreateSandbox(
             seq=self.connection.next_seq(),
             image=image,
@@ -152,8 +178,13 @@ class Node:
             level=level,
             root=root,
             command=list(command),
-        )
-        return SandboxOpener(self, request)
+            control=make_control(
+                phase=phase, agent=agent, model=model, credentials=credentials, canaries=canaries,
+                plant_canaries=plant_canaries, approval_timeout_s=approval_timeout_s,
+                package_min_age_s=package_min_age_s, upstream_ca=upstream_ca, verify_upstream=verify_upstream,
+            ),
+        )  # fmt: skip
+        return SandboxOpener(self, request, on_approval)
 
     def fork(
         self,
@@ -168,6 +199,14 @@ class Node:
         environ: Mapping[str, str] | None = None,
         user: str | None = None,
         workdir: str | None = None,
+        phase: wire.Phase = "run",
+        agent: str = "",
+        model: Model | None = None,
+        credentials: Sequence[str] | None = None,
+        canaries: Mapping[str, str | bytes] | None = None,
+        on_approval: OnApproval | None = None,
+        approval_timeout_s: float = 300.0,
+        upstream_ca: str | os.PathLike[str] | None = None,
     ) -> SandboxOpener:
         """A new cell with the files of a snapshot: ``async with node.fork(snap) as sb`` or ``sb = await node.fork(snap)``.
 
@@ -180,17 +219,22 @@ class Node:
             run: default: the parent's run when this client is still in it, else this client's own.
             containment: None: the parent's containment, grants and rules (``allow`` adds to them). Given: only what
                 is given here counts.
+            phase, agent, model...: as of :meth:`sandbox`; nothing of them is the parent's but the canaries of its run.
 
         Raises (when entered or awaited):
             InvalidInput: there is no such snapshot, or an argument cannot be used.
             SandboxError: its image is gone, or the cell cannot be built here.
         """
-        text, name = _read_rules(rules)
+        text, name = read_rules(rules)
         request = make_fork(
             self.connection.next_seq(), snapshot, run=run, episode=episode, containment=containment, allow=allow,
             rules=text, rules_name=name, limits=limits, environ=environ, user=user, workdir=workdir,
+            control=make_control(
+                phase=phase, agent=agent, model=model, credentials=credentials, canaries=canaries,
+                approval_timeout_s=approval_timeout_s, upstream_ca=upstream_ca,
+            ),
         )  # fmt: skip
-        return SandboxOpener(self, request)
+        return SandboxOpener(self, request, on_approval)
 
     async def snapshots(self) -> list[Snapshot]:
         """The snapshots of this home, of every run, the newest first. They stay until they are deleted."""
@@ -218,6 +262,38 @@ class Node:
             if start is None:
                 return found
 
+    async def approvals(self) -> list[Approval]:
+        """What waits for a person in this owner's node, of every client's cells, the oldest first."""
+        return (await list_approvals(self.connection))[1]
+
+    async def wait_for_approvals(self, seen: int, wait_s: float = 300.0) -> tuple[int, list[Approval]]:
+        """As :meth:`approvals`, and its revision: returns when that is another than ``seen`` (-1: at once), or after ``wait_s``."""
+        return await list_approvals(self.connection, seen=seen, wait_s=wait_s)
+
+    async def decide(self, approval: Approval | str, answer: Answer, *, why: str = "") -> Approval:
+        """Answer what waits: ``allow``, ``deny`` or ``always`` (allow, and its rule asks no more in this run).
+
+        Who answered (by the kernel's word) and why is on record. Any process of the node's owner may answer.
+
+        Raises:
+            InvalidInput: it does not wait any more, or its rule cannot be told to stop asking.
+        """
+        return await decide(self.connection, approval if isinstance(approval, str) else approval.id, answer, why)
+
+    async def update_rules(
+        self,
+        run: str,
+        *,
+        containment: Containment | None = None,
+        allow: Sequence[str] = (),
+        rules: str | os.PathLike[str] | None = None,
+        by: Literal["sdk", "cli"] = "sdk",
+    ) -> wire.RulesUpdated:
+        """Other rules for every live cell of a run, whoever's, all or none; see :meth:`Sandbox.update_rules`."""
+        return await update_rules(
+            self.connection, sandbox=None, run=run, containment=containment, allow=allow, rules=rules, by=by
+        )
+
     async def status(self) -> wire.NodeStatus:
         """What the node is doing."""
         return await self.connection.call(wire.Status(seq=self.connection.next_seq()), wire.NodeStatus)
@@ -226,21 +302,13 @@ class Node:
 class SandboxOpener(Opener[Sandbox]):
     """What ``node.sandbox(...)`` and ``node.fork(...)`` give: await it, or enter it."""
 
-    def __init__(self, node: Node, request: wire.CreateSandbox | wire.ForkSandbox) -> None:
+    def __init__(
+        self, node: Node, request: wire.CreateSandbox | wire.ForkSandbox, on_approval: OnApproval | None
+    ) -> None:
         self._node = node
         self._request = request
+        self._on_approval = on_approval
 
     async def _open(self) -> Sandbox:
         made = await self._node.connection.call(self._request, wire.SandboxMade)
-        return Sandbox(self._node.connection, made)
-
-
-def _read_rules(rules: str | os.PathLike[str] | None) -> tuple[str | None, str]:
-    """(text, name) of a rule file."""
-    if rules is None:
-        return None, ""
-    path = Path(rules)
-    try:
-        return path.read_text("utf-8"), str(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"cannot read rule file {path}: {error}") from error
+        return Sandbox(self._node.connection, made, self._on_approval)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Literal
 
 from vallum.client import wire
+from vallum.client.approvals import OnApproval, answer_all
 from vallum.client.command import ExecResult, OnOutput, Process
 from vallum.client.connection import Connection
+from vallum.client.control import update_rules
 from vallum.client.session import SessionOpener
 from vallum.client.snapshots import FilesChanged, Snapshot, name_of, read_diff, read_snapshot
-from vallum.core.errors import InvalidInput
+from vallum.core.errors import InvalidInput, VallumError
 
 
 class Sandbox:
     """A live cell."""
 
-    def __init__(self, connection: Connection, made: wire.SandboxMade) -> None:
+    def __init__(self, connection: Connection, made: wire.SandboxMade, on_approval: OnApproval | None = None) -> None:
         self._connection = connection
         self.id = made.sandbox
         self.run = made.run
@@ -29,6 +33,9 @@ class Sandbox:
         self._step: int | None = None
         self.used: wire.Used | None = None
         """What it used, once closed."""
+        self._answering = (
+            asyncio.create_task(answer_all(connection, self.id, on_approval)) if on_approval is not None else None
+        )
 
     async def exec(
         self,
@@ -143,6 +150,35 @@ class Sandbox:
         """The step that an open :meth:`step` block charges to."""
         return self._step
 
+    async def model_request(
+        self, path: str, body: bytes, *, method: str = "POST", headers: Mapping[str, str] | None = None
+    ) -> wire.ModelAnswer:
+        """Ask the cell's model door, as a program in the cell would at ``http://model.vallum.internal``: for an agent that
+        runs on the host and works through this object.
+
+        The call is judged, counted and recorded like a guest's, and each tool call of the reply opens a step: run it with
+        ``exec(..., tool_call=ID)`` or inside ``step(tool_call=ID)``, and what it does is charged to that step. The steps of a
+        reply are closed by the next request of the same conversation.
+
+        Args:
+            path: says the dialect: ``/v1/chat/completions``, ``/v1/responses``, ``/v1/messages``,
+                ``/v1beta/models/NAME:generateContent``.
+            body: JSON.
+
+        Raises:
+            GatewayError: the cell has no model door, or it failed.
+        """
+        sent = {"content-type": "application/json", **{name.lower(): value for name, value in (headers or {}).items()}}
+        request = wire.ModelRequest(
+            seq=self._connection.next_seq(),
+            sandbox=self.id,
+            method=method,
+            target=path,
+            headers=[(name.encode(), value.encode()) for name, value in sent.items()],
+            body=body,
+        )
+        return await self._connection.call(request, wire.ModelAnswer)
+
     async def read_file(self, path: str, *, user: str | None = None, limit_bytes: int = 100 * 1024 * 1024) -> bytes:
         """Content of a regular file, resolved inside the cell.
 
@@ -196,8 +232,43 @@ class Sandbox:
         request = wire.Diff(seq=self._connection.next_seq(), sandbox=self.id, since=moment)
         return read_diff(await self._connection.call(request, wire.FilesChanged))
 
+    async def set_phase(self, phase: wire.Phase) -> int:
+        """End the set-up: ``set_phase("run")``. Grants of the set-up alone hold no more. How many open flows were cut.
+
+        Raises:
+            InvalidInput: back to ``setup``; there is no way back.
+            CellGone: the cell has ended.
+        """
+        request = wire.SetPhase(seq=self._connection.next_seq(), sandbox=self.id, phase=phase)
+        return await self._connection.call(request, int)
+
+    async def update_rules(
+        self,
+        *,
+        containment: Literal["locked", "standard", "research"] | None = None,
+        allow: Sequence[str] = (),
+        rules: str | os.PathLike[str] | None = None,
+    ) -> wire.RulesUpdated:
+        """Other rules from now on, instead of those that it has: open flows that they deny are cut.
+
+        What runs in the cell goes on. Recorded as ``rules.changed``. What cannot be used changes nothing.
+
+        Raises:
+            RuleError, InvalidInput: an unusable file or grant; or rules that need to see inside TLS in a cell that
+                was started without any.
+            CellGone: the cell has ended.
+        """
+        return await update_rules(
+            self._connection, sandbox=self.id, run=None, containment=containment, allow=allow, rules=rules, by="sdk"
+        )
+
     async def close(self, *, exit_code: int | None = None) -> None:
         """End the cell. Everything in it is killed and its layer deleted."""
+        if self._answering is not None:
+            self._answering.cancel()
+            with contextlib.suppress(asyncio.CancelledError, VallumError):
+                await self._answering
+            self._answering = None
         if self.used is None:
             request = wire.CloseSandbox(seq=self._connection.next_seq(), sandbox=self.id, exit_code=exit_code)
             closed = await self._connection.call(request, wire.SandboxClosed)

@@ -103,10 +103,11 @@ def make_fork(
     environ: Mapping[str, str] | None,
     user: str | None,
     workdir: str | None,
+    control: wire.Control,
 ) -> wire.ForkSandbox:
     """The request of :meth:`Node.fork`."""
     return wire.ForkSandbox(
         seq=seq, snapshot=name_of(snapshot), containment=containment, allow=list(allow), rules=rules, rules_name=rules_name,
         limits=limits.check() if limits is not None else None, run=run, episode=episode, environ=dict(environ or {}),
-        user=user, workdir=workdir,
+        user=user, workdir=workdir, control=control,
     )  # fmt: skip

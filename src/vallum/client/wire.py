@@ -152,6 +152,17 @@ class CloseStep(Request, frozen=True, tag="step.close"):
     step: int
 
 
+class ModelRequest(Request, frozen=True, tag="model.request"):
+    """An HTTP request to the cell's model door, of an agent that runs on the host. Answer: :class:`ModelAnswer`."""
+
+    sandbox: str
+    method: str
+    target: str
+    """Path and query."""
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
 class Exec(Request, frozen=True, tag="exec"):
     """Run a command. Answer: :class:`Ran`, after ``Output`` frames when ``stream``."""
 
@@ -320,6 +331,7 @@ AnyRequest = (
     | OpenStep
     | CloseStep
     | Exec
+    | ModelRequest
     | Input
     | Signal
     | Cancel
@@ -510,6 +522,15 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure", tag_fiel
     """Of a GuestFileError."""
     partial: bytes = b""
     """msgpack of a :class:`Ran` of a command that was stopped by its timeout."""
+
+
+class ModelAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model door answered."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    """Names in lower case."""
+    body: bytes
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output", tag_field="m"):

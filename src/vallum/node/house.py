@@ -39,11 +39,13 @@ from vallum.node.control import Control
 from vallum.node.credentials import CredentialStore
 from vallum.node.door import Door
 from vallum.node.live import LiveCell
+from vallum.node.model_environ import make_environ
 from vallum.node.pages import read_page
 from vallum.node.recorder import Recorder, RunBook
 from vallum.node.redaction import LogFilter, Redactor
 from vallum.node.snapshots import Ground, Snapshots, describe, settle_terms
 from vallum.node.spares import Spares, make_cell_id
+from vallum.node.trust import Trust
 from vallum.node.watch import Watch
 from vallum.sandbox.base import Backend, CellSpec, Image
 from vallum.sandbox.images.resolve import resolve_in_thread, with_mounts
@@ -96,6 +98,7 @@ class House:
         )
         self._answers.decide = self.approvals.ask
         self._snapshots = Snapshots(places.snapshots, backends)
+        self._trust = Trust(places.state / "trust")
         self.tiers: dict[str, str] = {}
         self.clients = 0
         self.is_broken = asyncio.Event()
@@ -108,6 +111,7 @@ class House:
             ControlMissing: cells cannot be had here at all.
         """
         self._recorder.close_interrupted()
+        self._trust.start()
         for backend in self._backends.values():
             await backend.start()
             self.tiers.update(backend.probe())
@@ -156,9 +160,12 @@ class House:
         terms = await self._control.prepare(request, run)
         image = await self._image(request, origin)
         self._control.check_environ(image.environ)
+        equipped = image
+        if (authority := terms.kit.authority) is not None:
+            equipped = await self._trust.equip(run, image, authority, terms.kit.upstream_roots, request.environ)
         limits = self._limits(request.limits)
         book = self._book(request, run, client, terms.rules.containment)
-        spec = CellSpec(id=make_cell_id(), image=image, limits=limits, root=request.root)
+        spec = CellSpec(id=make_cell_id(), image=equipped, limits=limits, root=request.root)
         episode = book.take_episode(request.episode)
         ground = Ground.of(request, image, origin)
         self._snapshots.stand(spec.id, ground)
@@ -173,6 +180,7 @@ class House:
             self._snapshots.leave(spec.id)
             self._snapshots.stand(cell_id, ground)
         live = LiveCell(cell, book, episode, client, limits, self._watch)
+        live.environ = make_environ(terms.kit)
         self._cells[cell_id] = live
         try:
             book.emit(
@@ -375,6 +383,7 @@ class House:
                 if not book.holders:
                     self._recorder.close(book.run, "client_gone" if mine else "finished")
                     self._control.forget_run(book.run)
+                    self._trust.release(book.run)
 
     # ------------------------------------------------------------------ what holds at the door
 
@@ -419,6 +428,14 @@ class House:
         if step is None or not step.is_open or not step.is_block:
             raise InvalidInput(f"step {request.step} of cell {request.sandbox} is not open")
         live.close_step(step)
+
+    async def ask_model(self, request: wire.ModelRequest, client: int) -> wire.ModelAnswer:
+        """Have a cell's model door answer a request of an agent on the host."""
+        live = self.get(request.sandbox, client)
+        served = await self._door.serve_request(
+            live, method=request.method, target=request.target, headers=request.headers, body=request.body
+        )
+        return wire.ModelAnswer(status=served.status, headers=list(served.headers), body=served.body)
 
     async def open_session(self, request: wire.OpenSession, client: int) -> str:
         """Start a persistent shell and give its id."""
