@@ -151,7 +151,7 @@ class Sandbox:
         return self._step
 
     async def model_request(
-        self, path: str, body: bytes, *, method: str = "POST", headers: Mapping[str, str] | None = None
+        self, target: str, body: bytes, *, method: str = "POST", headers: Mapping[str, str] | None = None
     ) -> wire.ModelAnswer:
         """Ask the cell's model door, as a program in the cell would at ``http://model.vallum.internal``: for an agent that
         runs on the host and works through this object.
@@ -161,7 +161,7 @@ class Sandbox:
         reply are closed by the next request of the same conversation.
 
         Args:
-            path: says the dialect: ``/v1/chat/completions``, ``/v1/responses``, ``/v1/messages``,
+            target: says the dialect: ``/v1/chat/completions``, ``/v1/responses``, ``/v1/messages``,
                 ``/v1beta/models/NAME:generateContent``.
             body: JSON.
 
@@ -173,7 +173,7 @@ class Sandbox:
             seq=self._connection.next_seq(),
             sandbox=self.id,
             method=method,
-            target=path,
+            target=target,
             headers=[(name.encode(), value.encode()) for name, value in sent.items()],
             body=body,
         )

@@ -112,7 +112,7 @@ class CommandRunner:
         call = Call(live, step, "exec", arguments, opening)
         command = Command(
             argv=request.argv,
-            environ=request.environ or None,
+            environ={**live.environ, **request.environ} or None,
             cwd=request.cwd,
             user=request.user,
             pty=request.pty,
@@ -288,7 +288,11 @@ async def open_shell(live: LiveCell, request: wire.OpenSession, session: str) ->
     try:
         for path in SHELLS:
             command = Command(
-                argv=make_argv(path), environ=request.environ or None, cwd=request.cwd, user=request.user, extra_pipes=2
+                argv=make_argv(path),
+                environ={**live.environ, **request.environ} or None,
+                cwd=request.cwd,
+                user=request.user,
+                extra_pipes=2,
             )
             with contextlib.suppress(CommandNotFound):
                 child = await live.cell.spawn(command, step=step.index)

@@ -104,6 +104,8 @@ class LiveCell:
         """Why containment ended it."""
         self.is_closing = False
         self.agents = AgentSteps(self)
+        self.environ: dict[str, str] = {}
+        """Of every command, unless the caller sets the variable himself: what is this cell's alone (the image's is shared)."""
 
     @property
     def id(self) -> str:

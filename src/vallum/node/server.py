@@ -164,6 +164,7 @@ class Client:
             wire.Diff: house.diff_files,
             wire.CloseSandbox: house.close,
             wire.CloseStep: house.close_step,
+            wire.ModelRequest: house.ask_model,
             wire.OpenSession: house.open_session,
             wire.SessionRun: house.run_session,
             wire.CloseSession: house.close_session,

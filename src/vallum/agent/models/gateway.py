@@ -12,8 +12,15 @@ from vallum.agent.models.chat import read_reply, write_request
 class ModelAnswer(Protocol):
     """What came back through the door."""
 
-    status: int
-    body: bytes
+    @property
+    def status(self) -> int:
+        """HTTP status."""
+        ...
+
+    @property
+    def body(self) -> bytes:
+        """Its bytes."""
+        ...
 
 
 class ModelDoor(Protocol):
