@@ -279,6 +279,10 @@ class ModelCall(Event, frozen=True, tag="model.call"):
     """The call whose answer was given again."""
     messages: str = ""
     """JSON list: what is new since ``parent``, in the unified form of ``vallum.gateway.model.messages``. Opening event only."""
+    known: int = 0
+    """How many messages of the conversation come before them: those of ``parent`` and its reply."""
+    digest: str = ""
+    """``sha256:...`` over all messages but the system's, as compared for a replay. Opening event only."""
     reply: str = ""
     """JSON: the answer in the unified form. Closing event only."""
     tools: str = ""

@@ -16,6 +16,7 @@ import msgspec
 
 from vallum.gateway.http.exchange import MAX_HEAD_BYTES, Carrier, Headers
 from vallum.gateway.http.head import MalformedError, end_to_end, is_chunked, read_length
+from vallum.gateway.relay import Counters
 from vallum.gateway.stream import SocketStream, Stream
 from vallum.gateway.tls.upstream import connect_tls
 
@@ -44,10 +45,10 @@ class ResponseHead(msgspec.Struct, frozen=True, kw_only=True):
 class Upstream:
     """One connection to a server. One request at a time."""
 
-    def __init__(self, sock: socket.socket, stream: Stream, carrier: Carrier) -> None:
+    def __init__(self, sock: socket.socket, stream: Stream, counters: Counters) -> None:
         self._sock = sock
         self._stream = stream
-        self._counters = carrier.counters
+        self._counters = counters
         self._parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
 
     @property
@@ -55,8 +56,9 @@ class Upstream:
         """Whether another request may be sent over it: the last one ended well, and nothing came since."""
         if self._parser.our_state is not h11.IDLE or self._parser.trailing_data[0]:
             return False
-        readable, _, _ = select.select([self._sock], [], [], 0)
-        return not readable
+        poll = select.poll()  # select(2) cannot take descriptors beyond 1023
+        poll.register(self._sock, select.POLLIN)
+        return not poll.poll(0)
 
     @property
     def stream(self) -> Stream:
@@ -176,7 +178,7 @@ class Upstreams:
         except BaseException:
             sock.close()
             raise
-        upstream = Upstream(sock, stream, self._carrier)
+        upstream = Upstream(sock, stream, self._carrier.counters)
         self._all.add(upstream)
         return upstream, False
 

@@ -1,0 +1,1 @@
+"""Where answers come from: a server, a script, or a record."""
