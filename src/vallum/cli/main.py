@@ -13,8 +13,12 @@ from vallum.core.errors import VallumError
 from vallum.version import __version__
 
 COMMANDS = {
+    "approvals": "vallum.cli.approvals:approvals",
+    "approve": "vallum.cli.approvals:approve",
     "bench": "vallum.cli.bench:bench",
+    "credentials": "vallum.cli.credentials:credentials",
     "demo": "vallum.cli.demo:demo",
+    "deny": "vallum.cli.approvals:deny",
     "diff": "vallum.cli.snapshots:diff",
     "doctor": "vallum.cli.doctor:doctor",
     "events": "vallum.cli.records:events",

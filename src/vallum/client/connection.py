@@ -42,13 +42,13 @@ class Connection:
         stream.ended.add_done_callback(self._see_end)
 
     @classmethod
-    async def open(cls, places: Places) -> Connection:
-        """Connect to the owner's node, starting one when none is running.
+    async def open(cls, places: Places, *, start: bool = True) -> Connection:
+        """Connect to the owner's node, starting one when none is running (and ``start``).
 
         Raises:
             NodeError: it cannot be started or reached; names its log file.
         """
-        sock = await _connect(places)
+        sock = await _connect(places, start=start)
         made: list[Connection] = []
         await asyncio.get_running_loop().create_unix_connection(
             lambda: FrameStream(lambda stream: made.append(cls(stream))), sock=sock
@@ -143,11 +143,15 @@ def rebuild(failure: wire.Failure) -> VallumError:
     return error
 
 
-async def _connect(places: Places) -> socket.socket:
+async def _connect(places: Places, *, start: bool) -> socket.socket:
     prepare(places)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + START_TIMEOUT_S
     while (sock := _try_connect(places.socket)) is None:
+        if not start:
+            raise NodeError(
+                f"no node is running at {places.runtime}: it lives as long as its clients, so nothing is under way"
+            )
         if loop.time() > deadline:
             raise NodeError(
                 f"the node did not start within {START_TIMEOUT_S:.0f} s; its log is {places.runtime}/node.log"

@@ -46,9 +46,17 @@ class Node:
     Args:
         home: directory of its state instead of the default (or ``VALLUM_HOME``).
         places: the same, directory by directory.
+        start: whether to start it when there is none; otherwise that is a NodeError.
     """
 
-    def __init__(self, *, home: str | os.PathLike[str] | None = None, places: Places | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        home: str | os.PathLike[str] | None = None,
+        places: Places | None = None,
+        start: bool = True,
+    ) -> None:
+        self._start = start
         environ = dict(os.environ)
         if home is not None:
             environ["VALLUM_HOME"] = os.path.abspath(home)  # noqa: PTH100 - no symlink is resolved
@@ -60,7 +68,7 @@ class Node:
 
     async def __aenter__(self) -> Node:
         for left in reversed(range(_HELLOS)):
-            self._connection = connection = await Connection.open(self.places)
+            self._connection = connection = await Connection.open(self.places, start=self._start)
             hello = wire.Hello(seq=connection.next_seq(), protocol=wire.PROTOCOL, version=__version__)
             try:
                 welcome = await connection.call(hello, wire.Welcome)

@@ -72,6 +72,14 @@ class StoredCredential(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         return msgspec.structs.replace(self, hosts=tuple(_parse_host(host, self.name) for host in self.hosts))
 
 
+def read_header(header: str | None, prefix: str | None) -> tuple[str, str]:
+    """Header and prefix of a credential, from what was given of them. Pure."""
+    carrier = (header or "authorization").lower()
+    if prefix is None:
+        prefix = "Bearer " if carrier == "authorization" else ""
+    return carrier, prefix
+
+
 def check_secret(stored: StoredCredential, secret: bytes) -> bytes:
     """Return the secret.
 
