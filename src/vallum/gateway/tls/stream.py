@@ -1,7 +1,7 @@
 """TLS over any stream, by the TLS library on memory buffers: it reads and writes no socket itself.
 
-Covered: one piece is held per direction, however fast one side sends; a stream cut off without close_notify is an error
-where that matters. Not covered: half-closed TLS (after :meth:`TlsStream.finish` what still comes may be lost).
+Covered: one piece is held per direction, however fast one side sends. A stream that is cut off without close_notify has
+ended, or broke, as the context's ``OP_IGNORE_UNEXPECTED_EOF`` says. Not covered: half-closed TLS (after :meth:`TlsStream.finish` what still comes may be lost).
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ from vallum.gateway.stream import PIECE, Stream
 class TlsStream:
     """A :class:`~vallum.gateway.stream.Stream` inside TLS. Call :meth:`shake_hands` first, once."""
 
-    def __init__(
-        self, below: Stream, context: ssl.SSLContext, *, server_name: str | None = None, ends_roughly: bool = False
-    ) -> None:
-        """``server_name`` None is the server's side. ``ends_roughly``: an end without close_notify is an end too."""
+    def __init__(self, below: Stream, context: ssl.SSLContext, *, server_name: str | None = None) -> None:
+        """``server_name`` None is the server's side."""
         self._below = below
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=server_name is None, server_hostname=server_name
         )
-        self._ends_roughly = ends_roughly
         self._flushing = asyncio.Lock()
 
     @property
@@ -74,10 +71,6 @@ class TlsStream:
                 await self._fill()
             except ssl.SSLZeroReturnError:
                 return b""
-            except ssl.SSLEOFError:
-                if self._ends_roughly:
-                    return b""
-                raise
             else:
                 if self._outgoing.pending:
                     await self._flush()

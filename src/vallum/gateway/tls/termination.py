@@ -49,7 +49,7 @@ async def terminate(
         GatewayError: the authority cannot be used.
     """
     context = leaves_of(authority).context(server_name, tuple(alpn))
-    stream = TlsStream(below, context, ends_roughly=True)
+    stream = TlsStream(below, context)
     try:
         await asyncio.wait_for(stream.shake_hands(), HANDSHAKE_TIMEOUT_S)
     except TimeoutError:

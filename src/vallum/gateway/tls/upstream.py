@@ -63,6 +63,7 @@ def _read_roots(roots_pem: bytes, alpn: tuple[str, ...]) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # an answer that somebody cut short must not pass for a whole one
     found = next((path for path in SYSTEM_ROOTS if Path(path).is_file()), None)
     if found is not None:
         context.load_verify_locations(cafile=found)
