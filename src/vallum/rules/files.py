@@ -24,11 +24,11 @@ _BUNDLE = re.compile(r"(?:@|bundle:)(.*)", re.DOTALL)
 Phase = Literal["setup", "run"]
 
 
-def read_ruleset(path: Path) -> Ruleset:
-    """The rules of a file.
+def read_text(path: Path) -> str:
+    """The text of a rule file.
 
     Raises:
-        RuleError: it cannot be read or used; names file, line, key and what is allowed.
+        RuleError: it cannot be read, is too large or is not UTF-8.
     """
     try:
         with path.open("rb") as file:
@@ -40,10 +40,18 @@ def read_ruleset(path: Path) -> Ruleset:
     if len(raw) > MAX_FILE_BYTES:
         raise RuleError(f"the rule file {path} is larger than {MAX_FILE_BYTES} bytes: split it or grant networks")
     try:
-        text = raw.decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RuleError(f"the rule file {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    return parse_ruleset(text, str(path))
+
+
+def read_ruleset(path: Path) -> Ruleset:
+    """The rules of a file.
+
+    Raises:
+        RuleError: it cannot be read or used; names file, line, key and what is allowed.
+    """
+    return parse_ruleset(read_text(path), str(path))
 
 
 def parse_ruleset(text: str, source: str) -> Ruleset:
@@ -70,7 +78,11 @@ def read_builtin(containment: Containment) -> Ruleset:
 def list_bundles() -> tuple[str, ...]:
     """Names of the bundles, sorted."""
     names = (entry.name for entry in (resources.files("vallum.rules") / "bundles").iterdir())
-    return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
+    return tuple(
+        sorted(
+            name.removesuffix(".toml") for name in names if name.endswith(".toml") and not name.endswith(".test.toml")
+        )
+    )
 
 
 @functools.cache

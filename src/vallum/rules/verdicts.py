@@ -179,7 +179,7 @@ def _judge(
     except ValueError:
         return _deny("internal-error", f"{show(facts.dst_ip)!r} is not an address")
     where = _where(facts)
-    denial = _find_denial(rules, facts, address, where, asker, request, tool)
+    denial = find_denial(rules, facts, address, where, asker, request, tool)
     if denial is not None:
         return denial
     held, _ = _usable(rules.hold, facts, address, asker, unknown=True)
@@ -194,7 +194,7 @@ def _judge(
         held, granted = _careful_first(held), _careful_first(granted)
     failures: list[Decision] = []
     for verdict, rule in (*(("hold", rule) for rule in held), *(("allow", rule) for rule in granted)):
-        refusal = _refuse(rule, facts, where, asker, request, tool)
+        refusal = find_refusal(rule, facts, where, asker, request, tool)
         if refusal is not None:
             failures.append(refusal)
         elif verdict == "hold" and rule.id not in facts.approved:
@@ -205,7 +205,7 @@ def _judge(
     return min(failures, key=lambda decision: _TELLING.get(decision.rule, 1))
 
 
-def _find_denial(
+def find_denial(
     rules: Ruleset,
     facts: FlowFacts,
     address: Address,
@@ -214,6 +214,7 @@ def _find_denial(
     request: RequestFacts | None,
     tool: str | None,
 ) -> Decision | None:
+    """The first denial that holds; a condition without a value holds."""
     for rule in rules.deny:
         if not holds_for(rule, asker, unknown=True) or not _denies(rule, facts, address, request, tool):
             continue
@@ -225,7 +226,7 @@ def _find_denial(
     return None
 
 
-_TELLING = {"internal-error": 0, "protocol-mismatch": 3, "condition": 2}
+_TELLING = {"internal-error": 0, "condition": 2, "git-mismatch": 2, "protocol-mismatch": 3}
 
 
 def _careful_first(rules: Sequence[Rule]) -> list[Rule]:
@@ -338,7 +339,7 @@ def _default(rules: Ruleset, facts: FlowFacts, address: Address, where: str, ask
     return _deny("default-deny", f"no rule grants {where}")
 
 
-def _refuse(
+def find_refusal(
     rule: Rule, facts: FlowFacts, where: str, asker: Asker | None, request: RequestFacts | None, tool: str | None
 ) -> Decision | None:
     """Why a rule that covers the destination does not admit what goes there; None when it does."""
