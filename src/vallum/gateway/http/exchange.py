@@ -204,3 +204,16 @@ class Service(Protocol):
     def close(self) -> None:
         """The flow is over: let go of what was kept for it (connections to servers). More than once is no error."""
         ...
+
+
+async def collect_body(exchange: Exchange, limit: int) -> bytes:
+    """:meth:`Exchange.read_body` in terms of :meth:`Exchange.body`; raises as it does."""
+    length = exchange.head.length
+    if length is not None and length > limit:
+        raise BodyTooLargeError(f"the body has {length} bytes, more than {limit}")
+    read = bytearray()
+    async for piece in exchange.body():
+        read += piece
+        if len(read) > limit:
+            raise BodyTooLargeError(f"the body has more than {limit} bytes")
+    return bytes(read)

@@ -24,6 +24,7 @@ _FOLDED = re.compile(rb"\n[ \t]")
 _METHOD = re.compile(rb"[A-Z][A-Z0-9_-]{0,31}")
 _ABSOLUTE = re.compile(rb"(https?)://([^/?#]+)([/?].*)?", re.IGNORECASE)
 _TARGET = re.compile(rb"/[\x21\x22\x24-\x7e]*")  # no fragment
+_NAME = re.compile(rb":?[!#$%&'*+.^_`|~0-9a-z-]+")
 _PORT = re.compile(rb":(\d{1,5})$")
 _DIGITS = re.compile(rb"\d{1,18}")
 
@@ -128,6 +129,55 @@ def read_request(request: h11.Request, place: Place) -> RequestHead:
         length=length,
         streamed=b"transfer-encoding" in names,
         upgrade="websocket" if upgrades == [b"websocket"] and method == b"GET" else "",
+    )
+
+
+def read_request2(fields: Iterable[tuple[bytes, bytes]], place: Place, *, has_body: bool) -> RequestHead:
+    """As :func:`read_request`, of the fields of an HTTP/2 request (RFC 9113, section 8.3).
+
+    Raises:
+        MalformedError: they can be read in more than one way.
+        MisdirectedError: it is for somewhere else than the connection.
+    """
+    kept = [(bytes(name), bytes(value)) for name, value in fields]
+    pseudo = {name: value for name, value in kept if name.startswith(b":")}
+    headers = [(name, value) for name, value in kept if not name.startswith(b":")]
+    if len(pseudo) + len(headers) != len(kept) or len(kept) > MAX_HEADERS:
+        raise MalformedError(f"there are pseudo-headers twice, or more than {MAX_HEADERS} headers")
+    for name, value in kept:
+        if _CONTROLS.search(value) or b"\n" in value or b"\r" in value or _NAME.fullmatch(name) is None:
+            raise MalformedError("there are characters in a header that no header may have")
+    method, target = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
+    if method == b"CONNECT":
+        raise MalformedError("CONNECT asks the server to open another way out")
+    if _METHOD.fullmatch(method) is None:
+        raise MalformedError("the method is not written in capital letters")
+    if pseudo.get(b":scheme") != place.scheme.encode():
+        raise MisdirectedError(f"the request is for another scheme than {place.scheme}")
+    authorities = {value for name, value in kept if name in {b":authority", b"host"}}
+    if len(authorities) != 1:
+        raise MalformedError("there has to be one :authority, and no other Host")
+    host, port = read_authority(authorities.pop(), place.port)
+    if port != place.port:
+        raise MisdirectedError(f"the request names port {port}, but this is a connection to port {place.port}")
+    if not (target == b"*" and method == b"OPTIONS") and _TARGET.fullmatch(target) is None:
+        raise MalformedError("the request target is not a path")
+    length = read_length(headers)
+    if length is None and not has_body:
+        length = 0 if method in {b"POST", b"PUT", b"PATCH"} else None
+    crumbs = [value for name, value in headers if name == b"cookie"]
+    if len(crumbs) > 1:  # RFC 9113, section 8.2.3
+        headers = [pair for pair in headers if pair[0] != b"cookie"] + [(b"cookie", b"; ".join(crumbs))]
+    return RequestHead(
+        method=method.decode("ascii"),
+        scheme="https" if place.scheme == "https" else "http",
+        host=host,
+        port=port,
+        target=target.decode("ascii"),
+        headers=end_to_end(headers),
+        version="2",
+        length=length,
+        streamed=has_body and length is None,
     )
 
 

@@ -22,7 +22,6 @@ import h11
 from vallum.core.verdict import Decision
 from vallum.gateway.http.exchange import (
     MAX_HEAD_BYTES,
-    BodyTooLargeError,
     Carrier,
     Desk,
     GuestGoneError,
@@ -30,6 +29,7 @@ from vallum.gateway.http.exchange import (
     NoUpgradeError,
     RequestHead,
     Tally,
+    collect_body,
 )
 from vallum.gateway.http.head import MalformedError, MisdirectedError, Place, check_head, find_end, read_request
 from vallum.gateway.http.inflow import GuestStream, Inflow
@@ -104,14 +104,7 @@ class Exchange1:
 
     async def read_body(self, limit: int) -> bytes:
         """As :meth:`Exchange.read_body`."""
-        if self.head.length is not None and self.head.length > limit:
-            raise BodyTooLargeError(f"the body has {self.head.length} bytes, more than {limit}")
-        read = bytearray()
-        async for piece in self.body():
-            read += piece
-            if len(read) > limit:
-                raise BodyTooLargeError(f"the body has more than {limit} bytes")
-        return bytes(read)
+        return await collect_body(self, limit)
 
     async def start(self, status: int, headers: Headers, *, length: int | None) -> None:
         """As :meth:`Exchange.start`."""
