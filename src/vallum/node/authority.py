@@ -51,6 +51,13 @@ def make_authority(run: str, *, lifetime: datetime.timedelta = LIFETIME) -> Auth
     )
 
 
+def is_fresh(authority: Authority) -> bool:
+    """Whether a cell that is made now may have it: less than half of its time is over."""
+    certificate = x509.load_pem_x509_certificate(authority.certificate_pem)
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return datetime.datetime.now(datetime.UTC) < start + (end - start) / 2
+
+
 _SIGNS_CERTIFICATES = x509.KeyUsage(
     digital_signature=False, content_commitment=False, key_encipherment=False, data_encipherment=False,
     key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,

@@ -25,7 +25,7 @@ from vallum.core.events import FileWrite, RulesChanged
 from vallum.core.scope import BY_NODE
 from vallum.core.text import show
 from vallum.gateway.kit import Authority, Canary, Credential, Kit, ModelDoor
-from vallum.node.authority import make_authority
+from vallum.node.authority import is_fresh, make_authority
 from vallum.node.canaries import PLANTED_FILE, check_canaries, guard_secrets, make_planted, secrets_of
 from vallum.node.credentials import CredentialStore, covers
 from vallum.node.door import Door
@@ -199,7 +199,7 @@ class Control:
         of_run.canaries.update(canaries)
         registered = tuple(Canary(name=name, value=value) for name, value in of_run.canaries.items())
         self._redactor.learn(secrets_of((), (*registered, *baits)))
-        if needs_authority(rules) and of_run.authority is None:
+        if needs_authority(rules) and (of_run.authority is None or not is_fresh(of_run.authority)):
             of_run.authority = await asyncio.to_thread(make_authority, run)
         kit = Kit(
             phase=control.phase,
