@@ -502,6 +502,8 @@ class EventPage(msgspec.Struct, frozen=True, kw_only=True):
     """JSON, oldest first, each with its ``id``."""
     next: Cursor | None
     """Where the next page starts; None at the end."""
+    after: Cursor | None = None
+    """Where what is recorded from now on starts: for who follows a run."""
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply", tag_field="m"):

@@ -35,4 +35,5 @@ def read_page(directory: Path, episode: str | None, start: Cursor | None, limit:
         at = line.after
         if episode is None or _scoped.decode(line.payload).scope.episode == episode:
             lines.append(b'{"id":%d,' % line.id + line.payload[1:])
-    return EventPage(lines=lines, next=(at.offset, at.count, at.head) if read == limit else None)
+    after = (at.offset, at.count, at.head)
+    return EventPage(lines=lines, next=after if read == limit else None, after=after)
