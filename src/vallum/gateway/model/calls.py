@@ -1,0 +1,464 @@
+"""The model calls of one cell: judged, recorded, answered. The shell around the pure parts of this package.
+
+Order, which nothing may change: clean and judge the request; record it; call the upstream; open a step for each tool
+call of the reply and wait until that is acknowledged; record the reply; only then let its tool calls and its end go.
+
+Covered: a failure of node, upstream or parser lets no tool call through; retries make one call; a cell that goes on
+asking after refusals is frozen before it is told to stop. Not covered: what a provider does with words it was sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import hashlib
+import logging
+import secrets
+from collections import OrderedDict
+from typing import Any
+
+import msgspec
+
+from vallum.core.clock import mono_ns, wall_ns
+from vallum.core.errors import InvalidInput
+from vallum.core.events import ModelCall
+from vallum.core.text import show
+from vallum.core.verdict import Verdict
+from vallum.gateway.cell import GatewayCell, NodeGoneError, Owner
+from vallum.gateway.http.exchange import Headers
+from vallum.gateway.kit import ModelDoor
+from vallum.gateway.model.answer import Answer
+from vallum.gateway.model.branches import Branches
+from vallum.gateway.model.budget import Spend
+from vallum.gateway.model.dialects import DIALECTS
+from vallum.gateway.model.dialects.contract import Dialect, DialectError, Json, Route
+from vallum.gateway.model.dialects.fields import dump
+from vallum.gateway.model.dialects.responses import items_of, output_items
+from vallum.gateway.model.fetch import Fetched, fetch
+from vallum.gateway.model.messages import Message, Part, Reply, Text, ToolResult, Usage, encode, estimate_tokens
+from vallum.gateway.model.plan import Plan, RefusedError, make_plan
+from vallum.gateway.model.relay import rejection, write_error_event
+from vallum.gateway.model.upstreams.http import HttpServer
+from vallum.gateway.model.upstreams.replay import Replay, digest_request
+from vallum.gateway.model.upstreams.scripted import Scripted
+from vallum.gateway.model.upstreams.told import Teller, UpstreamRefusedError
+from vallum.gateway.wire import ProposedCall
+
+MAX_CALLS = 256
+"""Calls of one cell at once."""
+MAX_RECORD_CHARS = 4 * 1024 * 1024
+MAX_KEPT_BYTES = 32 * 1024 * 1024
+"""Answers and conversations of one cell kept for retries and ``previous_response_id``."""
+MAX_REGENERATIONS = 3
+MAX_REFUSALS = 12
+"""So many refused calls in a row, and the agent is stopped."""
+ABANDONED_S = 10.0
+"""How long a call goes on when nobody waits for it: a retry may come."""
+ALLOWED = "model-door"
+_FINAL = frozenset({"model-budget", "model-hold", "canary"})
+"""Refusals that asking again does not change."""
+
+log = logging.getLogger(__name__)
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that was found to be allowed to ask."""
+
+    route: Route
+    body: bytes
+    headers: Headers
+    agent: str
+    owner: Owner
+    flow: str
+    wants_events: bool = True
+    """A stream is to be one of events (Gemini's may be a JSON list otherwise)."""
+    on_host: bool = False
+
+
+class ModelCalls:
+    """All calls of one cell, and what has to be known between them."""
+
+    def __init__(self, cell: GatewayCell) -> None:
+        self._cell = cell
+        self._branches = Branches()
+        self._spend = Spend()
+        self._running: dict[bytes, Answer] = {}
+        self._tasks: dict[Answer, asyncio.Task[None]] = {}
+        self._last: OrderedDict[str, tuple[bytes, Answer]] = OrderedDict()
+        self._said: OrderedDict[str, list[Json]] = OrderedDict()
+        self._said_bytes: dict[str, int] = {}
+        self._tools: OrderedDict[str, str] = OrderedDict()
+        self._open: set[str] = set()
+        self._refusals = 0
+        self._stopped = ""
+        self._upstream: tuple[tuple[object, ...], Teller | HttpServer] | None = None
+
+    def upstream(self, door: ModelDoor) -> Teller | HttpServer:
+        """Where the door leads.
+
+        Raises:
+            InvalidInput: it cannot be used.
+        """
+        key = (door.upstream, door.script, self._cell.kit.upstream_roots)
+        if self._upstream is None or self._upstream[0] != key:
+            made: Teller | HttpServer
+            if door.upstream == "scripted":
+                made = Scripted(door.script)
+            elif door.upstream == "replay":
+                made = Replay(door.script)
+            else:
+                made = HttpServer(door.upstream, self._cell.kit.upstream_roots)
+            self._upstream = (key, made)
+        return self._upstream[1]
+
+    async def ask(self, asked: Asked) -> Answer:
+        """The answer to a request, which may be one that is under way or was given before.
+
+        Raises:
+            NodeGoneError: a retry could not be recorded.
+        """
+        path = f"{asked.route.dialect} {asked.route.model} {asked.route.stream} {asked.agent}\n"
+        key = hashlib.sha256(path.encode() + asked.body).digest()
+        earlier = self._running.get(key) or next((a for k, a in self._last.values() if k == key), None)
+        if earlier is not None:
+            reason = "the answer to an earlier request was given again"
+            call, status = f"m{secrets.token_hex(6)}", earlier.status or None
+            await self._record(asked, "closed", call, reason=reason, retry_of=earlier.call, status=status)
+            return earlier
+        answer = Answer(f"m{secrets.token_hex(6)}")
+        self._running[key] = answer
+        task = asyncio.create_task(self._run(asked, answer, key))
+        self._tasks[answer] = task
+        task.add_done_callback(lambda _: self._tasks.pop(answer, None))
+        return answer
+
+    def release(self, answer: Answer) -> None:
+        """Nobody reads it any more: if it stays so, the call is ended."""
+        task = self._tasks.get(answer)
+        if task is not None and answer.readers == 0:
+
+            def end() -> None:
+                if answer.readers == 0:
+                    task.cancel()
+
+            asyncio.get_running_loop().call_later(ABANDONED_S, end)
+
+    async def deny(self, asked: Asked, call: str, error: RefusedError) -> int:
+        """Record a call that is not made; the status that it is answered with. Freezes an agent that does not stop asking.
+
+        Raises:
+            NodeGoneError: it could not be recorded, or the cell could not be frozen.
+        """
+        await self._record(
+            asked,
+            "denied",
+            call,
+            "deny",
+            rule=error.rule,
+            reason=error.reason,
+            status=error.status,
+            stripped=error.stripped,
+        )
+        await self._count(error)
+        return 404 if self._stopped else error.status
+
+    async def _count(self, error: RefusedError) -> None:
+        """An agent that does not mind refusals is stopped by the kernel, not by a status."""
+        self._refusals += error.rule in _FINAL
+        if self._refusals > MAX_REFUSALS and not self._stopped:
+            await self.stop(f"the agent went on after {MAX_REFUSALS} refused model calls in a row: {error.reason}")
+
+    async def stop(self, reason: str) -> None:
+        """Freeze the cell; from then on every call is answered 404. Raises NodeGoneError."""
+        await self._cell.node.stop_agent(self._cell.id, reason)
+        self._stopped = reason
+
+    async def _run(self, asked: Asked, answer: Answer, key: bytes) -> None:
+        dialect = DIALECTS[asked.route.dialect]
+        try:
+            try:
+                plan = self._prepare(asked, answer.call)
+            except RefusedError as error:
+                status = await self.deny(asked, answer.call, error)
+                _fail(answer, dialect, status, error.reason, error.rule)
+                return
+            await self._call(plan, asked, answer, key)
+        except NodeGoneError as error:
+            log.warning("cell %s: model call %s: %s", self._cell.id, answer.call, error)
+            _fail(answer, dialect, 503, f"nothing was passed on: {error}", "internal-error")
+        except Exception:  # a judge that failed denies, whatever it failed of
+            log.exception("cell %s: model call %s failed", self._cell.id, answer.call)
+            _fail(answer, dialect, 500, "nothing was passed on: the model gateway failed", "internal-error")
+        finally:
+            self._running.pop(key, None)
+            answer.end("the call was ended")
+
+    def _prepare(self, asked: Asked, call: str) -> Plan:
+        kit = self._cell.kit
+        if self._stopped:
+            raise RefusedError(404, "model-stopped", self._stopped)
+        if kit.model is None:
+            raise RefusedError(404, "no-model-door", "this cell has no model")
+        if len(self._running) > MAX_CALLS:
+            raise RefusedError(429, "model-load", f"more than {MAX_CALLS} model calls are under way")
+        try:
+            upstream = self.upstream(kit.model)
+        except InvalidInput as error:
+            raise RefusedError(500, "model-upstream", str(error)) from error
+        return make_plan(
+            kit,
+            kit.model,
+            upstream,
+            asked.route,
+            asked.body,
+            asked.headers,
+            call,
+            self._spend,
+            self._said,
+            asked.wants_events,
+        )
+
+    async def _call(self, plan: Plan, asked: Asked, answer: Answer, key: bytes) -> None:
+        started_ns = mono_ns()
+        request, call = plan.request, answer.call
+        with_ids = asked.route.dialect != "gemini"
+        place = self._branches.place(call, request.messages, seed=asked.agent, with_ids=with_ids)
+        tools = encode(request.tools, MAX_RECORD_CHARS) if request.tools else ""
+        known: dict[str, Any] = {"branch": place.branch, "parent": place.parent, "model": request.model}
+        known |= {"model_used": plan.model, "upstream": plan.origin, "stream": request.stream}
+        if place.goes_on in self._open:
+            self._open.discard(place.goes_on)
+            await self._cell.node.close_steps(self._cell.id, place.goes_on)
+        try:
+            await self._record(
+                asked,
+                "opened",
+                call,
+                messages=encode(request.messages[place.known :], MAX_RECORD_CHARS),
+                known=place.known,
+                digest=digest_request(request),
+                tools=tools if tools != self._tools.get(place.parent, "") else "",
+                stripped=plan.stripped,
+                **known,
+            )
+        except NodeGoneError:
+            plan.give_back(self._spend)
+            raise
+        _remember(self._tools, call, tools, 4096)
+        used = Usage()
+        closing: dict[str, Any] = {**known, "finish": "error"}
+        try:
+            fetched, used = await self._decide(plan, asked, answer)
+            self._refusals = 0
+            reply = fetched.reply
+            if reply.tool_calls:
+                closing["steps"] = await self._open_steps(reply, asked, call, place.branch)
+            self._branches.answered(place, call, Message("assistant", reply.parts), with_ids=with_ids)
+            self._keep_said(plan, reply, asked)
+            closing |= _told(reply) | {"status": 200}
+            await self._close(plan, asked, call, used, closing, started_ns)
+            answer.headers = ((b"x-vallum-call", call.encode()), *answer.headers)
+            fetched.deliver(answer)
+            self._keep_answer(place.branch, key, answer)
+        except RefusedError as error:
+            closing |= {"verdict": "deny", "rule": error.rule, "reason": error.reason, "status": error.status}
+            await self._close(plan, asked, call, used, closing, started_ns)
+            await self._count(error)
+            _fail(answer, plan.dialect, 404 if self._stopped else error.status, error.reason, error.rule)
+        except (UpstreamRefusedError, DialectError, OSError) as error:
+            status, words, retry_after = _explain(error, plan)
+            closing |= {"reason": words, "status": status}
+            await self._close(plan, asked, call, used, closing, started_ns)
+            _fail(answer, plan.dialect, status, words, "model-upstream", retry_after, cut=True)
+        except asyncio.CancelledError:
+            closing |= {"reason": "nobody waited for the answer any more"}
+            await asyncio.shield(self._close(plan, asked, call, used, closing, started_ns))
+            raise
+        except NodeGoneError:
+            plan.give_back(self._spend)
+            raise
+
+    async def _decide(self, plan: Plan, asked: Asked, answer: Answer) -> tuple[Fetched, Usage]:
+        """Fetch replies until one may be passed on: what a person refuses is told to the model, which answers anew."""
+        total = Usage()
+        for attempt in range(MAX_REGENERATIONS + 1):
+            fetched = await fetch(plan, asked.agent, answer)
+            total = _add(total, fetched.reply.usage, plan, fetched.reply)
+            reasons = await self._review(plan, fetched.reply, asked)
+            if not reasons:
+                return fetched, total
+            if attempt < MAX_REGENERATIONS:
+                results: list[Part] = [
+                    ToolResult(call, (Text(words),), is_error=True) for call, words in rejection(fetched.reply, reasons)
+                ]
+                plan.extend((Message("assistant", fetched.reply.parts), Message("tool", tuple(results))))
+        plan.settle(self._spend, total)
+        raise RefusedError(
+            403,
+            "model-hold",
+            f"{MAX_REGENERATIONS + 1} answers in a row were refused; the last: {next(iter(reasons.values()))}",
+        )
+
+    async def _review(self, plan: Plan, reply: Reply, asked: Asked) -> dict[str, str]:
+        """Ask a person about the calls that have to wait; why some were refused, by id."""
+        reasons: dict[str, str] = {}
+        for call in reply.tool_calls:
+            if any(fnmatch.fnmatchcase(call.name, pattern) for pattern in plan.door.hold_tools):
+                began_ns = mono_ns()
+                decision = await self._cell.node.hold(
+                    self._cell.id,
+                    subject=f"tool call {show(call.name, 80)} {show(call.arguments, 400)}",
+                    rule=f"hold-tool:{show(call.name, 80)}",
+                    flow=asked.flow,
+                    timeout_s=self._cell.kit.approval_timeout_s,
+                )
+                plan.outside_ns += mono_ns() - began_ns
+                if decision.verdict != "allow":
+                    reasons[call.id] = f"refused by the operator ({decision.reason}); do something else"
+        return reasons
+
+    async def _open_steps(self, reply: Reply, asked: Asked, call: str, branch: str) -> list[int]:
+        calls = [ProposedCall(id=c.id, name=c.name, arguments=c.arguments) for c in reply.tool_calls]
+        process = asked.owner.process
+        self._open.add(branch)
+        steps = await self._cell.node.open_steps(
+            self._cell.id,
+            branch=branch,
+            model_call=call,
+            calls=calls,
+            agent=asked.agent,
+            pid=process.pid if process is not None else None,
+            on_host=asked.on_host,
+        )
+        return list(steps)
+
+    async def _close(
+        self, plan: Plan, asked: Asked, call: str, used: Usage, closing: dict[str, Any], started_ns: int
+    ) -> None:
+        cost = plan.settle(self._spend, used)
+        duration_ns = mono_ns() - started_ns
+        verdict: Verdict = closing.pop("verdict", "allow")
+        await self._record(
+            asked,
+            "closed",
+            call,
+            verdict,
+            prompt_tokens=used.prompt_tokens,
+            completion_tokens=used.completion_tokens,
+            cached_tokens=used.cached_tokens,
+            cost_usd_micros=cost,
+            duration_ns=duration_ns,
+            overhead_ns=max(0, duration_ns - plan.outside_ns),
+            **closing,
+        )
+
+    def _keep_said(self, plan: Plan, reply: Reply, asked: Asked) -> None:
+        """What ``previous_response_id`` may name."""
+        if asked.route.dialect != "responses" or not plan.may_be_named:
+            return
+        items = [*items_of(plan.raw), *output_items(reply)]
+        self._said[reply.id] = items
+        self._said_bytes[reply.id] = len(asked.body)
+        while len(self._said) > 1 and sum(self._said_bytes.values()) > MAX_KEPT_BYTES:
+            gone, _ = self._said.popitem(last=False)
+            del self._said_bytes[gone]
+
+    def _keep_answer(self, branch: str, key: bytes, answer: Answer) -> None:
+        self._last.pop(branch, None)
+        self._last[branch] = (key, answer)
+        while len(self._last) > 1 and sum(a.size for _, a in self._last.values()) > MAX_KEPT_BYTES:
+            self._last.popitem(last=False)
+
+    async def _record(
+        self,
+        asked: Asked,
+        state: Any,
+        call: str,
+        verdict: Verdict = "allow",
+        *,
+        rule: str = ALLOWED,
+        reason: str = "",
+        **fields: Any,
+    ) -> None:
+        event = ModelCall(
+            t_ns=wall_ns(),
+            mono_ns=mono_ns(),
+            scope=asked.owner.scope,
+            attribution=asked.owner.attribution,
+            state=state,
+            call=call,
+            verdict=verdict,
+            rule=rule,
+            reason=reason,
+            dialect=asked.route.dialect,
+            agent=asked.agent,
+            **{"model": asked.route.model, **fields},
+        )
+        await self._cell.node.append(self._cell.id, event)
+
+
+def _told(reply: Reply) -> dict[str, Any]:
+    slim = msgspec.structs.replace(reply, prompt_token_ids=None, completion_token_ids=None, logprobs=None)
+    return {
+        "reply": encode(slim, MAX_RECORD_CHARS),
+        "tool_calls": [call.id for call in reply.tool_calls],
+        "finish": reply.finish,
+        "prompt_token_ids": reply.prompt_token_ids,
+        "completion_token_ids": reply.completion_token_ids,
+        "logprobs": reply.logprobs,
+        "policy_version": reply.policy_version,
+    }
+
+
+def _add(total: Usage, used: Usage, plan: Plan, reply: Reply) -> Usage:
+    """Usage of one more answer; what the upstream did not count is estimated, never free."""
+    prompt = used.prompt_tokens
+    completion = used.completion_tokens
+    if prompt is None:
+        prompt = estimate_tokens(plan.request)
+    if completion is None:
+        said = estimate_tokens(
+            msgspec.structs.replace(plan.request, messages=(Message("assistant", reply.parts),), tools=())
+        )
+        completion = max(1, said)
+    return Usage(
+        prompt_tokens=(total.prompt_tokens or 0) + prompt,
+        completion_tokens=(total.completion_tokens or 0) + completion,
+        cached_tokens=(total.cached_tokens or 0) + (used.cached_tokens or 0),
+    )
+
+
+def _explain(error: Exception, plan: Plan) -> tuple[int, str, str]:
+    """(status, words, Retry-After) for the agent. The upstream's key is not in them."""
+    if isinstance(error, UpstreamRefusedError):
+        if error.status in (401, 403):
+            return 502, f"the upstream does not accept the gateway's own credential (it said {error.status})", ""
+        return error.status, plan.redact(show(error.message, 2000)), error.retry_after
+    if isinstance(error, TimeoutError):
+        return 504, "the upstream took too long", ""
+    return 502, plan.redact(f"the upstream's answer cannot be passed on: {show(str(error), 500)}"), ""
+
+
+def _fail(
+    answer: Answer, dialect: Dialect, status: int, message: str, rule: str, retry_after: str = "", *, cut: bool = False
+) -> None:
+    """End an answer with an error that the agent's client understands, or cut it off where words were sent already."""
+    if answer.has_begun:
+        if not cut:
+            answer.write(write_error_event(dialect, status, message, rule))
+        answer.end(message if cut else "")
+        return
+    headers: Headers = ((b"content-type", b"application/json"), (b"x-vallum-rule", rule.encode("latin-1", "replace")))
+    if status < 500 and status not in (408, 409, 429):
+        headers = (*headers, (b"x-should-retry", b"false"))
+    if retry_after:
+        headers = (*headers, (b"retry-after", retry_after.encode("latin-1", "replace")[:64]))
+    answer.begin(status, headers, is_stream=False)
+    answer.write(dump(dialect.write_error(status, message, rule)).encode())
+    answer.end()
+
+
+def _remember(kept: OrderedDict[str, str], key: str, value: str, limit: int) -> None:
+    kept[key] = value
+    while len(kept) > limit:
+        kept.popitem(last=False)
