@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sys
-import termios
-import tty
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
 from vallum.cli.program import program
-from vallum.client.face import EventView, ExecResult, Node, Process, Sandbox
+from vallum.cli.prompt import Prompt
+from vallum.cli.terminal import feeding, interruptible, raw_terminal, terminal_size, write_all
+from vallum.client.face import EventView, ExecResult, Node, Sandbox
 from vallum.client.places import Places
 from vallum.client.wire import Used
 from vallum.core.errors import InvalidInput, VallumError
@@ -24,7 +23,6 @@ from vallum.core.limits import Limits
 from vallum.core.scope import make_run_id
 from vallum.core.text import show
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 SHOWN_ATTEMPTS = 12
 
@@ -87,6 +85,34 @@ def parse_size(text: str) -> int:
 @click.option("--memory", metavar="SIZE", help="e.g. 512M, 2G.")
 @click.option("--pids", type=int, metavar="N", help="Processes and threads at once.")
 @click.option("--disk", metavar="SIZE", help="Most that it may write, e.g. 1G (kept in memory; see --memory).")
+@click.option(
+    "--setup",
+    "setups",
+    multiple=True,
+    metavar="CMD",
+    help="Shell command in phase setup, before CMD runs in phase run. Repeatable.",
+)
+@click.option("--canary", "canaries", multiple=True, metavar="NAME=VALUE", help="Text that must not leave. Repeatable.")
+@click.option(
+    "--canary-file", "canary_files", multiple=True, metavar="NAME=FILE", help="The same, out of a file. Repeatable."
+)
+@click.option("--plant-canaries", is_flag=True, help="Put false keys into the cell, which are canaries.")
+@click.option(
+    "--credential",
+    "credentials",
+    multiple=True,
+    metavar="NAME",
+    help="Stored credential that rules may use [default: those that they name]. Repeatable.",
+)
+@click.option(
+    "--approval-timeout",
+    "approval_timeout_s",
+    type=float,
+    default=300.0,
+    show_default=True,
+    metavar="S",
+    help="What rules hold is denied when nobody decides in S seconds.",
+)
 @click.option("--timeout", "timeout_s", type=float, metavar="S", help="End it after S seconds (exit code 124).")
 @click.option("--run", "run_id", metavar="ID", help="Id of the run (default: a new one).")
 @click.option("--level", default="ns", show_default=True, help="Isolation level.")
@@ -124,6 +150,9 @@ async def _run(places: Places, command: list[str], options: dict[str, Any]) -> i
     if options["work"]:
         mounts.append(f"{options['work']}:/work")
         workdir = "/work"
+    pty = sys.stdin.isatty() and sys.stdout.isatty() and not options["as_json"]
+    out = 2 if options["as_json"] else 1
+    prompt = Prompt(lambda stream, data: write_all(out if stream == "stdout" else 2, data), is_quiet=options["quiet"])
     async with Node(places=places) as node:
         sandbox = await node.sandbox(
             options["image"],
@@ -138,11 +167,19 @@ async def _run(places: Places, command: list[str], options: dict[str, Any]) -> i
             workdir=workdir,
             level=options["level"],
             root=options["root"],
+            phase="setup" if options["setups"] else "run",
+            canaries=_canaries(options["canaries"], options["canary_files"]),
+            plant_canaries=options["plant_canaries"],
+            credentials=options["credentials"] or None,
+            approval_timeout_s=options["approval_timeout_s"],
+            on_approval=prompt,
             command=command,
         )
         code, failure = 125, None
         try:
-            result = await _attend(sandbox, command, options)
+            result = await _set_up(sandbox, options["setups"], prompt)
+            if result is None:
+                result = await _attend(sandbox, command, options["timeout_s"], prompt, pty=pty)
             code = result.exit_code
         except VallumError as error:
             code, failure = error.exit_code, error
@@ -174,97 +211,51 @@ def _environ(pairs: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-async def _attend(sandbox: Sandbox, command: list[str], options: dict[str, Any]) -> ExecResult:
+def _canaries(pairs: tuple[str, ...], files: tuple[str, ...]) -> dict[str, bytes]:
+    found = {}
+    for option, given in (("--canary", pairs), ("--canary-file", files)):
+        for pair in given:
+            name, sign, value = pair.partition("=")
+            if not sign or not name:
+                raise InvalidInput(f"{option} {name!r} is not NAME={'VALUE' if option == '--canary' else 'FILE'}")
+            try:
+                found[name] = value.encode() if option == "--canary" else Path(value).read_bytes().rstrip(b"\r\n")
+            except OSError as error:
+                raise InvalidInput(f"the canary {name} cannot be read from {value}: {error.strerror}") from error
+    return found
+
+
+async def _set_up(sandbox: Sandbox, commands: tuple[str, ...], prompt: Prompt) -> ExecResult | None:
+    """Run what belongs to phase setup, all of its output on our stderr, and end the phase. The result of what failed."""
+    for command in commands:
+        process = sandbox.start(["sh", "-c", command], on_output=lambda _, data: prompt.write("stderr", data))
+        async with interruptible(process), feeding(None, prompt):
+            result = await process.wait()
+        if result.exit_code != 0:
+            click.echo(f"vallum: the set-up command {show(command)!r} failed, so nothing else was run", err=True)
+            return result
+    if commands:
+        await sandbox.set_phase("run")
+    return None
+
+
+async def _attend(
+    sandbox: Sandbox, command: list[str], timeout_s: float | None, prompt: Prompt, *, pty: bool
+) -> ExecResult:
     """Run the command with our terminal, pipes and signals behind it."""
-    pty = sys.stdin.isatty() and sys.stdout.isatty() and not options["as_json"]
-    rows, columns = _terminal_size() if pty else (24, 80)
-    out = 2 if options["as_json"] else 1
-
-    def write(stream: str, data: bytes) -> None:
-        _write_all(out if stream == "stdout" else 2, data)
-
+    rows, columns = terminal_size() if pty else (24, 80)
     process = sandbox.start(
         command,
-        timeout_s=options["timeout_s"],
+        timeout_s=timeout_s,
         interactive=True,
         pty=pty,
         rows=rows,
         columns=columns,
-        on_output=write,
+        on_output=prompt.write,
     )
-    loop = asyncio.get_running_loop()
-    for signum in FORWARDED:
-        loop.add_signal_handler(signum, process.signal, signum)
-    if pty:
-        loop.add_signal_handler(signal.SIGWINCH, lambda: process.resize(*_terminal_size()))
-    feeding = asyncio.ensure_future(_feed(process))
-    try:
-        with _raw_terminal(0) if pty else contextlib.nullcontext():
+    async with interruptible(process, pty=pty), feeding(process, prompt):
+        with raw_terminal(0, prompt) if pty else contextlib.nullcontext():
             return await process.wait()
-    finally:
-        feeding.cancel()
-        with contextlib.suppress(asyncio.CancelledError, VallumError):
-            await feeding
-        for signum in FORWARDED:
-            loop.remove_signal_handler(signum)
-
-
-def _terminal_size() -> tuple[int, int]:
-    """Rows and columns of the terminal itself, whatever LINES and COLUMNS say."""
-    size = os.get_terminal_size(1)
-    return size.lines, size.columns
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-async def _feed(process: Process) -> None:
-    """Pass our stdin on until it ends. Never blocks the loop: reads only what is known to be there."""
-    can_poll = True
-    while True:
-        if can_poll:
-            can_poll = await _wait_readable(0)
-        try:
-            data = os.read(0, 65536)
-        except OSError:
-            data = b""
-        await process.feed(data, eof=not data)
-        if not data:
-            return
-
-
-async def _wait_readable(fd: int) -> bool:
-    """Return when a read will not block; False for what cannot be waited for and never blocks (a file, /dev/null)."""
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-
-    def announce() -> None:
-        loop.remove_reader(fd)
-        ready.set()
-
-    try:
-        # Once only: a second announcement, made before the first was served, would be of data that is gone by then.
-        loop.add_reader(fd, announce)
-    except OSError:
-        return False
-    try:
-        await ready.wait()
-        return True
-    finally:
-        loop.remove_reader(fd)
-
-
-@contextlib.contextmanager
-def _raw_terminal(fd: int) -> Iterator[None]:
-    before = termios.tcgetattr(fd)
-    tty.setraw(fd)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
 DENIABLE = frozenset({"net.flow", "dns.query", "net.packet", "http.request", "model.call", "mcp.call"})
