@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -31,7 +31,7 @@ from vallum.gateway.door import (
 from vallum.gateway.kit import Kit, ServiceName
 from vallum.gateway.names import CellNames, HostResolver, LookupTemporarilyFailedError, find_service, stand_ins_of
 from vallum.gateway.tls.upstream import Vetting
-from vallum.gateway.wire import ProposedCall
+from vallum.gateway.wire import Attributed, Failed, Frame, ProposedCall
 from vallum.rules.facts import Asker
 from vallum.rules.grants import Rule, Ruleset
 from vallum.rules.names import is_under
@@ -40,6 +40,8 @@ from vallum.rules.verdicts import judge_query
 
 MAX_FLOWS = 1024
 """Flows of one cell at once; further connections wait in the kernel's queue."""
+ACCEPT_AT_ONCE = 16
+"""Connections of one door that are taken before others have their turn."""
 MAX_QUERIES = 64
 """DNS queries of one cell at once; further ones wait in the socket and are lost when it is full."""
 GATEWAY_SERVICE = "gateway-service"
@@ -74,15 +76,55 @@ class Owner:
         self.socket_step = socket_step
 
 
+class Charge:
+    """A question to the node, who opened a socket. An event may be charged by it before it is answered."""
+
+    def __init__(self, number: int, answer: asyncio.Future[Frame]) -> None:
+        self.number = number
+        self.answer = answer
+        answer.add_done_callback(_mark_seen)
+
+    def known(self) -> Owner | None:
+        """Who it is, when the node has said so by now."""
+        if not self.answer.done() or self.answer.cancelled() or self.answer.exception() is not None:
+            return None
+        found = self.answer.result()
+        if not isinstance(found, Attributed):
+            return None
+        return Owner(found.scope, found.attribution, found.process, found.socket_step)
+
+    async def owner(self) -> Owner:
+        """Who it is.
+
+        Raises:
+            NodeGoneError: the node did not answer, or cannot say.
+        """
+        if not self.answer.done():
+            await asyncio.wait([self.answer])
+        if (owner := self.known()) is not None:
+            return owner
+        error = None if self.answer.cancelled() else self.answer.exception()
+        if error is None and not self.answer.cancelled() and isinstance(failed := self.answer.result(), Failed):
+            raise NodeGoneError(failed.error)
+        raise NodeGoneError(str(error or "the node answered something else")) from error
+
+
+def _mark_seen(answer: asyncio.Future[Frame]) -> None:
+    """A question whose answer nobody needed any more is no error."""
+    if not answer.cancelled():
+        answer.exception()
+
+
 class Node(Protocol):
     """What a cell needs of the node."""
 
-    async def attribute(self, cell: str, protocol: str, src: Endpoint, dst: Endpoint) -> Owner:
-        """Raises NodeGoneError."""
+    def attribute(self, cell: str, protocol: str, src: Endpoint, dst: Endpoint) -> Charge:
+        """Ask who opened a socket; the question is on its way on return. Raises NodeGoneError."""
         ...
 
-    async def append(self, cell: str, event: AnyEvent) -> int:
-        """Id of the event once it is written. Raises NodeGoneError when it was not."""
+    async def append(self, cell: str, event: AnyEvent, charge: Charge | None = None) -> int:
+        """Id of the event once it is written. With ``charge`` the node first fills in whose it is, and writes nothing when
+        it cannot tell; a charge is used once. Raises NodeGoneError when it was not written."""
         ...
 
     async def open_steps(
@@ -150,13 +192,17 @@ class GatewayCell:
         node: Node,
         resolver: HostResolver,
         vetting: Vetting,
-        serve: Callable[[GatewayCell, socket.socket, Endpoint], Awaitable[None]],
+        serve: Callable[[GatewayCell, socket.socket, Endpoint], Coroutine[None, None, None]],
     ) -> None:
         """``serve`` takes an accepted connection and its peer, and closes it."""
         self.id = cell
         self.run = run
         self.episode = episode
+        self.owner = Owner(Scope(run=run, episode=episode), Attribution(method="netns"), None, None)
+        """The cell itself, for facts whose step the node could not tell."""
         self.rules = rules
+        self.asks_step = asks_step(rules)
+        """Whether some rule is for certain steps only, so that nothing can be judged before the step is known."""
         self.kit = kit
         self.node = node
         self.names = CellNames(resolver)
@@ -165,21 +211,19 @@ class GatewayCell:
         self._load = QueryLoad()
         self._serve = serve
         self._doors = [*tcp, *dns]
-        self._slots = asyncio.Semaphore(MAX_FLOWS)
         self._queries = asyncio.Semaphore(MAX_QUERIES)
         self._tasks: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
+        self._loop = asyncio.get_running_loop()
+        self._tcp = list(tcp)
+        self._flow_count = 0
+        self._is_full = False
         for door in tcp:
             door.setblocking(False)
-            self._loops.append(asyncio.create_task(self._accept(door)))
+            self._loop.add_reader(door, self._accept, door)
         for door in dns:
             prepare_datagrams(door)
             self._loops.append(asyncio.create_task(self._receive(door)))
-
-    @property
-    def owner(self) -> Owner:
-        """The cell itself, for facts whose step the node could not tell."""
-        return Owner(Scope(run=self.run, episode=self.episode), Attribution(method="netns"), None, None)
 
     def asker(self, owner: Owner | None = None) -> Asker:
         """Who asks, for rules that are for somebody. Without ``owner`` the step is not known."""
@@ -191,11 +235,6 @@ class GatewayCell:
             phase=self.kit.phase,
         )
 
-    @property
-    def asks_step(self) -> bool:
-        """Whether some rule is for certain steps only, so that nothing can be judged before the step is known."""
-        return asks_step(self.rules)
-
     def offers(self, service: ServiceName) -> bool:
         """Whether the cell has that service of the gateway's own."""
         if service == "model":
@@ -205,11 +244,13 @@ class GatewayCell:
     def update_rules(self, rules: Ruleset, kit: Kit | None = None) -> int:
         """Judge by ``rules`` (and ``kit``, None: the one there is) from now on, open flows too. How many of those were cut."""
         self.rules = rules
+        self.asks_step = asks_step(rules)
         self.kit = kit or self.kit
         return sum(flow.rejudge() for flow in list(self.flows))
 
     async def close(self) -> None:
         """Close the doors, cut every flow, and return when each has said so to the record (at most 3 s)."""
+        self._stop_accepting()
         for task in self._loops:
             task.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
@@ -221,44 +262,55 @@ class GatewayCell:
         if tasks:
             await asyncio.wait(tasks, timeout=3)
 
-    async def attribute(self, protocol: str, src: Endpoint, dst: Endpoint) -> Owner:
-        """Ask the node. Raises NodeGoneError, also when it names another run or episode."""
-        owner = await self.node.attribute(self.id, protocol, src, dst)
-        if (owner.scope.run, owner.scope.episode) != (self.run, self.episode):
-            raise NodeGoneError(f"the node charged a socket of {self.id} to another episode")
-        return owner
+    def attribute(self, protocol: str, src: Endpoint, dst: Endpoint) -> Charge:
+        """Ask the node. Raises NodeGoneError."""
+        return self.node.attribute(self.id, protocol, src, dst)
 
-    def _start(self, work: Awaitable[None], release: asyncio.Semaphore) -> None:
-        async def run() -> None:
-            await work
-
-        task = asyncio.create_task(run())
+    def _start(self, work: Coroutine[None, None, None], release: Callable[[], None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
 
         def ended(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
-            release.release()
+            release()
             if not task.cancelled() and (error := task.exception()) is not None:
                 log.error("serving cell %s failed", self.id, exc_info=error)
 
         task.add_done_callback(ended)
 
-    async def _accept(self, door: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._slots.acquire()
+    def _accept(self, door: socket.socket) -> None:
+        for _ in range(ACCEPT_AT_ONCE):
+            if self._flow_count >= MAX_FLOWS:
+                self._is_full = True
+                self._stop_accepting()
+                return
             try:
-                conn, peer = await loop.sock_accept(door)
+                conn, peer = door.accept()
+            except BlockingIOError:
+                return
             except OSError as error:
                 # Out of descriptors, or a connection that has gone already: neither may end the loop.
-                self._slots.release()
                 log.warning("cell %s: accept: %s", self.id, error.strerror)
-                await asyncio.sleep(0.05)
-                continue
-            except asyncio.CancelledError:
-                self._slots.release()
-                raise
-            self._start(self._serve(self, conn, endpoint(peer)), self._slots)
+                self._loop.remove_reader(door)
+                self._loop.call_later(0.05, self._resume, door)
+                return
+            self._flow_count += 1
+            self._start(self._serve(self, conn, endpoint(peer)), self._flow_ended)
+
+    def _flow_ended(self) -> None:
+        self._flow_count -= 1
+        if self._is_full:
+            self._is_full = False
+            for door in self._tcp:
+                self._resume(door)
+
+    def _resume(self, door: socket.socket) -> None:
+        if door.fileno() >= 0 and not self._is_full:
+            self._loop.add_reader(door, self._accept, door)
+
+    def _stop_accepting(self) -> None:
+        for door in self._tcp:
+            self._loop.remove_reader(door)
 
     async def _receive(self, door: socket.socket) -> None:
         while True:
@@ -276,7 +328,7 @@ class GatewayCell:
             if datagram is None:
                 self._queries.release()
                 continue
-            self._start(self._answer_datagram(door, datagram), self._queries)
+            self._start(self._answer_datagram(door, datagram), self._queries.release)
 
     async def _answer_datagram(self, door: socket.socket, datagram: Datagram) -> None:
         data, peer, asked = datagram
@@ -294,19 +346,15 @@ class GatewayCell:
             return write_failure(query, query.rcode)
         answers: list[str] = []
         try:
-            asker = self.asker(await self.attribute(transport, src, dst) if self.asks_step else None)
+            charge = self.attribute(transport, src, dst)
+            asker = self.asker(await charge.owner() if self.asks_step else None)
             decision = self._judge_own(query) or self._judge_query(query, asker)
             decision_ns = mono_ns() - started_ns
-            attribution = asyncio.create_task(self.attribute(transport, src, dst))
-            try:
-                if decision.verdict == "allow":
-                    decision, answers, answer = await self._resolve(query, decision, asker, udp=transport == "udp")
-                else:
-                    answer = write_refusal(query, decision)
-                owner = await attribution
-            finally:
-                attribution.cancel()
-            await self._record_query(query, decision, answers, transport, owner, decision_ns)
+            if decision.verdict == "allow":
+                decision, answers, answer = await self._resolve(query, decision, asker, udp=transport == "udp")
+            else:
+                answer = write_refusal(query, decision)
+            await self._record_query(query, decision, answers, transport, charge, decision_ns)
         except NodeGoneError as error:
             log.warning("cell %s: query refused: %s", self.id, error)
             return write_failure(query, dns.rcode.SERVFAIL)
@@ -314,7 +362,7 @@ class GatewayCell:
             log.exception("cell %s: answering a query failed", self.id)
             decision = fail_closed("the gateway's resolver")
             with contextlib.suppress(NodeGoneError):
-                await self._record_query(query, decision, [], transport, self.owner, mono_ns() - started_ns)
+                await self._record_query(query, decision, [], transport, None, mono_ns() - started_ns)
             return write_failure(query, dns.rcode.SERVFAIL)
         return answer
 
@@ -357,13 +405,19 @@ class GatewayCell:
         return decision, family, write_answer(query, found.addresses, exists=found.exists, udp=udp)
 
     async def _record_query(
-        self, query: Query, decision: Decision, answers: list[str], transport: str, owner: Owner, decision_ns: int
+        self,
+        query: Query,
+        decision: Decision,
+        answers: list[str],
+        transport: str,
+        charge: Charge | None,
+        decision_ns: int,
     ) -> None:
         event = DnsQuery(
             t_ns=wall_ns(),
             mono_ns=mono_ns(),
-            scope=owner.scope,
-            attribution=owner.attribution,
+            scope=self.owner.scope,
+            attribution=self.owner.attribution,
             qname=query.qname,
             qtype=query.qtype,
             verdict=decision.verdict,
@@ -371,10 +425,10 @@ class GatewayCell:
             reason=decision.reason,
             answers=answers,
             transport="tcp" if transport == "tcp" else "udp",
-            process=owner.process,
+            process=None,
             decision_ns=decision_ns,
         )
-        await self.node.append(self.id, event)
+        await self.node.append(self.id, event, charge)
 
 
 async def _next_datagram(door: socket.socket) -> Datagram | None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
 import socket
 import struct
+from functools import lru_cache
 
 from vallum.rules.addresses import canonical
 
@@ -18,9 +22,14 @@ _RST = struct.pack("ii", 1, 0)
 Endpoint = tuple[str, int]
 
 
+@lru_cache(maxsize=4096)
+def _canonical_text(text: str) -> str:
+    return str(canonical(text))
+
+
 def endpoint(address: tuple[object, ...]) -> Endpoint:
     """(canonical address, port) of a socket address of either family."""
-    return str(canonical(str(address[0]))), int(str(address[1]))
+    return _canonical_text(str(address[0])), int(str(address[1]))
 
 
 def original_destination(conn: socket.socket) -> Endpoint | None:
@@ -47,6 +56,75 @@ def reset(conn: socket.socket) -> None:
         pass  # the guest was faster
     finally:
         conn.close()
+
+
+async def wait_readable(conn: socket.socket, within_s: float) -> None:
+    """Wait until there is something to read (or an end, or an error).
+
+    Raises:
+        TimeoutError: there is not.
+    """
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    timer = loop.call_later(within_s, _fail, ready)
+    loop.add_reader(conn, _finish, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(conn)
+        timer.cancel()
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _fail(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())
+
+
+async def receive(conn: socket.socket, limit: int, within_s: float) -> bytes:
+    """Some bytes of a non-blocking socket; empty at the end.
+
+    Raises:
+        TimeoutError: nothing came in time.
+        OSError: the connection broke.
+    """
+    while True:
+        try:
+            return conn.recv(limit)
+        except BlockingIOError:
+            await wait_readable(conn, within_s)
+
+
+async def connect_within(ip: str, port: int, within_s: float) -> socket.socket:
+    """A non-blocking connection; the caller's to close.
+
+    Raises:
+        OSError: it cannot be had (TimeoutError: not in time).
+    """
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    conn = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    loop = asyncio.get_running_loop()
+    try:
+        if conn.connect_ex((ip, port)) == errno.EINPROGRESS:
+            ready = loop.create_future()
+            timer = loop.call_later(within_s, _fail, ready)
+            loop.add_writer(conn, _finish, ready)
+            try:
+                await ready
+            finally:
+                loop.remove_writer(conn)
+                timer.cancel()
+        if code := conn.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(code, os.strerror(code))
+        conn.getpeername()  # an error that connect(2) gave at once leaves no SO_ERROR
+    except BaseException:
+        conn.close()
+        raise
+    return conn
 
 
 def has_left(conn: socket.socket) -> bool:

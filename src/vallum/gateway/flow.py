@@ -14,7 +14,7 @@ import secrets
 import socket
 import struct
 from ipaddress import ip_address
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -22,8 +22,17 @@ from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.events import Flow, Protocol
 from vallum.core.text import keep, show
 from vallum.core.verdict import Decision, fail_closed
-from vallum.gateway.cell import GATEWAY_SERVICE, GatewayCell, NodeGoneError, Owner
-from vallum.gateway.door import Endpoint, endpoint, has_left, keep_alive, original_destination, reset
+from vallum.gateway.cell import GATEWAY_SERVICE, Charge, GatewayCell, NodeGoneError, Owner
+from vallum.gateway.door import (
+    Endpoint,
+    connect_within,
+    endpoint,
+    has_left,
+    keep_alive,
+    original_destination,
+    receive,
+    reset,
+)
 from vallum.gateway.http.inspection import inspect
 from vallum.gateway.http1 import Http1Watch, RefusedError
 from vallum.gateway.kit import SERVICE_PORT, ServiceName
@@ -117,14 +126,14 @@ class GatewayFlow:
         self.counters = Counters()
         self.is_recorded = False
         self.is_inspected = False
-        self._owner = asyncio.create_task(cell.attribute("tcp", peer, self.dst))
+        self._charge = cell.attribute("tcp", peer, self.dst)
+        self._is_charged = False
         self._server: socket.socket | None = None
         self._cut: Decision | None = None
         self._task = asyncio.current_task()
 
     def end(self) -> None:
         """Close what is still open, with RST."""
-        self._owner.cancel()
         self.cell.flows.discard(self)
         reset(self.conn)
         if self._server is not None:
@@ -133,8 +142,7 @@ class GatewayFlow:
     @property
     def asker(self) -> Asker:
         """Who asks; with the step where that is known by now."""
-        is_known = self._owner.done() and not self._owner.cancelled() and self._owner.exception() is None
-        return self.cell.asker(self._owner.result() if is_known else None)
+        return self.cell.asker(self._charge.known())
 
     async def owner(self) -> Owner:
         """Who opened it.
@@ -142,7 +150,7 @@ class GatewayFlow:
         Raises:
             NodeGoneError: nobody can say.
         """
-        return await asyncio.shield(self._owner)
+        return await self._charge.owner()
 
     def rejudge(self) -> bool:
         """The rules have changed: cut it unless they still allow it. Whether it is cut."""
@@ -257,11 +265,11 @@ class GatewayFlow:
         try:
             if server_first:
                 try:
-                    data = await asyncio.wait_for(loop.sock_recv(self.conn, MAX_BYTES), SERVER_FIRST_GRACE_S)
+                    data = await receive(self.conn, MAX_BYTES, SERVER_FIRST_GRACE_S)
                 except TimeoutError:
                     return self.seen, True
             else:
-                data = await asyncio.wait_for(loop.sock_recv(self.conn, MAX_BYTES), SNIFF_TIMEOUT_S)
+                data = await receive(self.conn, MAX_BYTES, SNIFF_TIMEOUT_S)
             pieces = 0
             while data:
                 found = sniffer.feed(data)
@@ -272,7 +280,7 @@ class GatewayFlow:
                 # A beginning comes in one piece or few. Who drips it byte by byte into hundreds of flows waits, and others
                 # do not wait for a gateway that is busy with bytes.
                 await asyncio.sleep(max(0, pieces - FREE_PIECES) * DRIP_S)
-                data = await asyncio.wait_for(loop.sock_recv(self.conn, MAX_BYTES), max(0.0, deadline - loop.time()))
+                data = await receive(self.conn, MAX_BYTES, max(0.0, deadline - loop.time()))
         except (TimeoutError, ConnectionError):
             pass  # judged as it stands: unfinished
         return sniffer.finish(), False
@@ -344,17 +352,24 @@ class GatewayFlow:
         """What a guest that is refused says first. Waited for a moment, and for as long as it takes to learn who it is:
         the refusal cannot be recorded before that anyway."""
         sniffer = Sniffer()
-        said = asyncio.ensure_future(asyncio.get_running_loop().sock_recv(self.conn, MAX_BYTES))
         try:
-            await asyncio.wait([said], timeout=EVIDENCE_GRACE_S)
-            if not said.done():
-                await asyncio.wait([said, self._owner], timeout=EVIDENCE_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+            self.head = await receive(self.conn, MAX_BYTES, EVIDENCE_GRACE_S)
+        except TimeoutError:
+            await self._wait_for_evidence()
+        except OSError:
+            pass
+        self.seen = (sniffer.feed(self.head) if self.head else None) or sniffer.finish()
+
+    async def _wait_for_evidence(self) -> None:
+        said = asyncio.ensure_future(receive(self.conn, MAX_BYTES, EVIDENCE_LIMIT_S))
+        try:
+            waited: list[asyncio.Future[Any]] = [said, self._charge.answer]
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             if said.done():
                 with contextlib.suppress(OSError):
                     self.head = said.result()
         finally:
             said.cancel()
-        self.seen = (sniffer.feed(self.head) if self.head else None) or sniffer.finish()
 
     async def _refuse(self, decision: Decision) -> None:
         """Record it, then tell the guest: HTTP in words, everything else by a reset."""
@@ -432,14 +447,7 @@ class GatewayFlow:
         Raises:
             OSError: it cannot be had (TimeoutError: not within :data:`CONNECT_TIMEOUT_S`).
         """
-        ip, port = self.pinned.upstream, self.dst[1]
-        family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-        server = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        try:
-            await asyncio.wait_for(asyncio.get_running_loop().sock_connect(server, (ip, port)), CONNECT_TIMEOUT_S)
-        except BaseException:
-            server.close()
-            raise
+        server = await connect_within(self.pinned.upstream, self.dst[1], CONNECT_TIMEOUT_S)
         keep_alive(server)
         return server
 
@@ -487,14 +495,24 @@ class GatewayFlow:
         Raises:
             NodeGoneError: it was not (for ``opened``: also when nobody can say whose it is).
         """
-        try:
-            owner: Owner = await asyncio.shield(self._owner)
-        except (NodeGoneError, asyncio.CancelledError) as error:
-            if not self._owner.done() or state == "opened":
-                raise
-            # A refusal or an end is recorded even so, for the cell as a whole.
-            log.warning("cell %s: not attributed: %s", self.cell.id, error)
-            owner = self.cell.owner
+        charge = None if self._is_charged else self._charge
+        if charge is not None:
+            # The node fills in whose it is, and says so before it says that it is written.
+            self._is_charged = True
+            try:
+                await self._append(state, decision, self.cell.owner, charge)
+            except NodeGoneError as error:
+                if state == "opened":
+                    raise
+                # A refusal or an end is recorded even so, for the cell as a whole.
+                log.warning("cell %s: not attributed: %s", self.cell.id, error)
+            else:
+                return
+        await self._append(state, decision, self._charge.known() or self.cell.owner, None)
+
+    async def _append(
+        self, state: Literal["opened", "closed", "denied"], decision: Decision, owner: Owner, charge: Charge | None
+    ) -> None:
         names = self.pinned.names
         host = self.seen.server_name or next(iter(names), None)
         if host is not None and is_address(host):
@@ -525,5 +543,5 @@ class GatewayFlow:
             alpn=list(self.seen.alpn),
             inspected=self.is_inspected,
         )
-        await self.cell.node.append(self.cell.id, event)
+        await self.cell.node.append(self.cell.id, event, charge)
         self.is_recorded = True

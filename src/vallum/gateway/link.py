@@ -11,7 +11,8 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -58,13 +59,22 @@ SERVE_TIMEOUT_S = 900.0
 _OWN_FACTS = Flow | DnsQuery | HttpRequest | PackageFetched | ModelCall | McpCall
 """What a gateway may state, of the cells that it serves only."""
 _Answer = TypeVar("_Answer", bound=Frame)
+_Slow = OpenSteps | CloseSteps | StopAgent | Hold | CallTool
+MAX_CHARGES = 8192
+"""Answers that are kept until an event is charged by them."""
+_EXPECTED = (VallumError, OSError, LookupError, ValueError, RuntimeError)
+"""What may go wrong in the node: the gateway denies on it; whoever raised has told the log."""
+
+
+def _fail(frame: Frame, error: BaseException) -> Failed:
+    return Failed(seq=frame.seq, error=f"{type(error).__name__}: {error}")
 
 
 class NodeSide(Protocol):
     """Who answers the gateway. Every method may raise VallumError, OSError, LookupError, ValueError or RuntimeError: the
     gateway then denies what it asked for."""
 
-    async def attribute(self, cell: str, *, protocol: str, src: tuple[str, int], dst: tuple[str, int]) -> Answer:
+    def attribute(self, cell: str, *, protocol: str, src: tuple[str, int], dst: tuple[str, int]) -> Awaitable[Answer]:
         """Who opened the socket ``src`` -> ``dst`` of ``cell``; ``protocol`` is ``tcp`` or ``udp``."""
         ...
 
@@ -110,6 +120,7 @@ class GatewayLink:
         self._requests = Requests()
         self._cells: dict[str, tuple[str, str | None]] = {}
         self._answering: dict[int, tuple[str, asyncio.Task[None]]] = {}
+        self._charges: dict[int, tuple[str, asyncio.Future[Answer]]] = {}
         self._decoder = msgspec.msgpack.Decoder(FromGateway)
         self._stopping = False
         self._channel = Channel(sock, self._on_frame, self._on_end)
@@ -299,9 +310,14 @@ class GatewayLink:
         if fds or not self._may_ask(frame):
             self._kill("the gateway spoke for a cell that it does not serve")
             return
-        task = asyncio.create_task(self._answer(frame))
-        self._answering[frame.seq] = frame.cell, task
-        task.add_done_callback(lambda _, seq=frame.seq: self._answering.pop(seq, None))  # type: ignore[misc]
+        if isinstance(frame, Attribute):
+            self._attribute(frame)
+        elif isinstance(frame, Append):
+            self._append(frame)
+        else:
+            task = asyncio.create_task(self._answer(frame))
+            self._answering[frame.seq] = frame.cell, task
+            task.add_done_callback(lambda _, seq=frame.seq: self._answering.pop(seq, None))  # type: ignore[misc]
 
     def _may_ask(self, frame: Request) -> bool:
         if frame.seq in self._answering:
@@ -317,29 +333,87 @@ class GatewayLink:
             self._process.kill()
         self._channel.close(reason)
 
-    async def _answer(self, frame: Request) -> None:
+    # Attributing and recording come with every connection: no tasks, and as few sends as can be.
+
+    def _attribute(self, frame: Attribute) -> None:
+        future: asyncio.Future[Answer]
+        if frame.cell in self._cells:
+            found = self._node.attribute(frame.cell, protocol=frame.protocol, src=frame.src, dst=frame.dst)
+            future = asyncio.ensure_future(found)
+        else:
+            future = asyncio.get_running_loop().create_future()
+            future.set_exception(LookupError(f"no cell {frame.cell} is served"))
+        self._charges[frame.seq] = frame.cell, future
+        if len(self._charges) > MAX_CHARGES:
+            del self._charges[next(iter(self._charges))]
+        future.add_done_callback(partial(self._attributed, frame))
+
+    def _attributed(self, frame: Attribute, future: asyncio.Future[Answer]) -> None:
+        try:
+            scope, attribution, process, step = future.result()
+        except asyncio.CancelledError:
+            reply: Frame = Failed(seq=frame.seq, error="given up")
+        except _EXPECTED as error:
+            reply = _fail(frame, error)
+        else:
+            reply = Attributed(seq=frame.seq, scope=scope, attribution=attribution, process=process, socket_step=step)
+        self._channel.send(reply, soon=True)
+
+    def _append(self, frame: Append) -> None:
+        if frame.charge is None:
+            self._emit(frame, None)
+            return
+        cell, charged = self._charges.pop(frame.charge, (frame.cell, None))
+        if cell != frame.cell:
+            self._kill("the gateway charged an event to a socket of another cell")
+        elif charged is None:
+            self._channel.send(Failed(seq=frame.seq, error=f"no question {frame.charge} was asked"))
+        elif charged.done():
+            # Its answer may still be on its way, and comes first.
+            asyncio.get_running_loop().call_soon(self._emit, frame, charged)
+        else:
+            charged.add_done_callback(partial(self._emit, frame))
+
+    def _emit(self, frame: Append, charged: asyncio.Future[Answer] | None) -> None:
+        try:
+            if frame.cell not in self._cells:
+                raise LookupError(f"no cell {frame.cell} is served")
+            event = frame.event if charged is None else self._charge(frame, charged.result())
+            reply: Frame = Done(seq=frame.seq, id=self._node.emit(event))
+        except asyncio.CancelledError:
+            reply = Failed(seq=frame.seq, error="given up")
+        except _EXPECTED as error:
+            reply = _fail(frame, error)
+        self._channel.send(reply, soon=True)
+
+    def _charge(self, frame: Append, answer: Answer) -> AnyEvent:
+        scope, attribution, process, step = answer
+        if (scope.run, scope.episode) != self._cells[frame.cell]:
+            raise LookupError("the socket belongs to another episode")
+        event = frame.event
+        if isinstance(event, Flow):
+            return msgspec.structs.replace(
+                event, scope=scope, attribution=attribution, process=process, socket_step=step
+            )
+        if isinstance(event, DnsQuery):
+            return msgspec.structs.replace(event, scope=scope, attribution=attribution, process=process)
+        return msgspec.structs.replace(event, scope=scope, attribution=attribution)
+
+    async def _answer(self, frame: _Slow) -> None:
         reply: Frame
         try:
             if frame.cell not in self._cells:
                 raise LookupError(f"no cell {frame.cell} is served")
             reply = await self._reply(frame)
-        except (VallumError, OSError, LookupError, ValueError, RuntimeError) as error:
-            # The gateway denies on this; whoever raised has told the log.
-            reply = Failed(seq=frame.seq, error=f"{type(error).__name__}: {error}")
+        except _EXPECTED as error:
+            reply = _fail(frame, error)
         except asyncio.CancelledError:
             self._channel.send(Failed(seq=frame.seq, error="given up"))
             raise
         self._channel.send(reply)
 
-    async def _reply(self, frame: Request) -> Frame:
+    async def _reply(self, frame: _Slow) -> Frame:
         node = self._node
-        if isinstance(frame, Attribute):
-            scope, attribution, process, step = await node.attribute(
-                frame.cell, protocol=frame.protocol, src=frame.src, dst=frame.dst
-            )
-            return Attributed(seq=frame.seq, scope=scope, attribution=attribution, process=process, socket_step=step)
-        if isinstance(frame, Append):
-            return Done(seq=frame.seq, id=node.emit(frame.event))
         if isinstance(frame, OpenSteps):
             return StepsOpened(seq=frame.seq, steps=tuple(await node.open_steps(frame)))
         if isinstance(frame, Hold):

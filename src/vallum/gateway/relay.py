@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from vallum.core.verdict import Decision
 from vallum.gateway.http1 import RefusedError
 from vallum.gateway.sniff import MinerWatch, Sniffed, Sniffer
 
-CHUNK = 128 * 1024
+CHUNK = 256 * 1024
 HALF_CLOSED_S = 300.0
 """How long one direction may stay silent once the other has ended."""
+_piece = memoryview(bytearray(CHUNK))
+"""What is read is sent on before anything else is read, so one buffer serves every flow of the loop."""
 
 
 class Guard(Protocol):
@@ -110,83 +113,222 @@ class Counters:
     bytes_out: int = 0
     bytes_in: int = 0
 
+    def count_out(self, size: int) -> None:
+        """So many bytes have gone to the server."""
+        self.bytes_out += size
 
-async def send_all(sock: socket.socket, data: bytes) -> int:
-    """Send everything; returns how much was sent. Waits while the other side does not read.
+    def count_in(self, size: int) -> None:
+        """So many bytes have gone to the guest."""
+        self.bytes_in += size
 
-    Raises:
-        OSError: the other side has gone.
-    """
-    loop = asyncio.get_running_loop()
-    try:
-        sent = sock.send(data)
-    except BlockingIOError:
+
+class Meter(Protocol):
+    """Counts against a budget before anything is sent."""
+
+    def spend(self, *, bytes_out: int = 0, bytes_in: int = 0) -> None:
+        """Raises RefusedError when that is more than is left; nothing of it may be sent then."""
+        ...
+
+
+class _Sink:
+    """The sending side of a socket: what the kernel does not take at once is kept, and more is asked for when it is gone."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, count: Callable[[int], None]) -> None:
+        """``count`` is told of bytes that have gone over the socket."""
+        self._loop = loop
+        self._count = count
+        self._sock = sock
+        self._kept = bytearray()
+        self._is_ending = False
+        self._drained: Callable[[], None] | None = None
+        self._failed: Callable[[OSError], None] | None = None
+        self.is_ended = False
+
+    def listen(self, drained: Callable[[], None], failed: Callable[[OSError], None]) -> None:
+        """``drained``: everything that was kept has been sent. ``failed``: it cannot be."""
+        self._drained, self._failed = drained, failed
+
+    def send(self, data: memoryview | bytes) -> bool:
+        """Whether all of it was taken; if not, :meth:`listen` tells when. Raises OSError."""
         sent = 0
-    if sent < len(data):
-        await loop.sock_sendall(sock, memoryview(data)[sent:])
-    return len(data)
+        if not self._kept:
+            with contextlib.suppress(BlockingIOError):
+                sent = self._sock.send(data)
+            self._count(sent)
+            if sent == len(data):
+                return True
+            self._loop.add_writer(self._sock, self._writable)
+        self._kept += data[sent:]
+        return False
+
+    def end(self) -> None:
+        """Half-close once everything has been sent. Raises OSError."""
+        self._is_ending = True
+        if not self._kept and not self.is_ended:
+            self._sock.shutdown(socket.SHUT_WR)
+            self.is_ended = True
+
+    def forget(self) -> None:
+        """Send no more."""
+        self._loop.remove_writer(self._sock)
+
+    def _writable(self) -> None:
+        try:
+            sent = self._sock.send(self._kept)
+            self._count(sent)
+            del self._kept[:sent]
+            if self._kept:
+                return
+            self._loop.remove_writer(self._sock)
+            if self._is_ending:
+                self.end()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._loop.remove_writer(self._sock)
+            if self._failed is not None:
+                self._failed(error)
+            return
+        if self._drained is not None:
+            self._drained()
 
 
-class _Pump:
-    def __init__(self, guest: socket.socket, server: socket.socket, guard: Guard, counters: Counters) -> None:
-        self.guest = guest
-        self.server = server
-        self.guard = guard
-        self.counters = counters
-        self.loop = asyncio.get_running_loop()
-        self.sending = asyncio.Lock()
+class Relay:
+    """One flow. No task and no future for a piece: two readers on the loop, and one future for the end."""
 
-    async def to_server(self, data: bytes) -> None:
-        async with self.sending:
-            try:
-                ready = self.guard.feed(data)
-            except RefusedError as error:
-                error.evidence = data
-                raise
-            if ready:
-                self.counters.bytes_out += await send_all(self.server, ready)
+    def __init__(
+        self,
+        guest: socket.socket,
+        server: socket.socket,
+        guard: Guard,
+        counters: Counters,
+        meter: Meter | None = None,
+    ) -> None:
+        self._loop = loop = asyncio.get_running_loop()
+        self._guest, self._server = guest, server
+        self._guard = guard
+        self._counters = counters
+        self._meter = meter
+        self._out, self._in = _Sink(loop, server, counters.count_out), _Sink(loop, guest, counters.count_in)
+        self._out.listen(self._resume_guest, self._fail)
+        self._in.listen(self._resume_server, self._fail)
+        self._guest_ended = self._server_ended = False
+        self._done: asyncio.Future[None] = loop.create_future()
+        self._timer: asyncio.TimerHandle | None = None
+        self._seen = (0, 0)
 
-    async def outward(self) -> None:
-        while data := await self.loop.sock_recv(self.guest, CHUNK):
-            await self.to_server(data)
-        async with self.sending:
-            if last := self.guard.finish():
-                self.counters.bytes_out += await send_all(self.server, last)
-        self.server.shutdown(socket.SHUT_WR)
+    async def run(self, first: bytes) -> None:
+        """As :func:`relay`."""
+        try:
+            if not first or self._send_out(first):
+                self._resume_guest()
+            self._resume_server()
+            await self._done
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            for sock in (self._guest, self._server):
+                self._loop.remove_reader(sock)
+            self._out.forget()
+            self._in.forget()
 
-    async def inward(self) -> None:
-        while data := await self.loop.sock_recv(self.server, CHUNK):
-            if self.guard.is_waiting:
-                # Only then may guest bytes follow from it; otherwise the lock could hold up the server's bytes.
-                async with self.sending:
-                    if released := self.guard.feed_response(data):
-                        self.counters.bytes_out += await send_all(self.server, released)
-            self.counters.bytes_in += await send_all(self.guest, data)
-        self.guest.shutdown(socket.SHUT_WR)
+    def _resume_guest(self) -> None:
+        if not self._guest_ended:
+            self._loop.add_reader(self._guest, self._read_guest)
+        self._check_end()
+
+    def _resume_server(self) -> None:
+        if not self._server_ended:
+            self._loop.add_reader(self._server, self._read_server)
+        self._check_end()
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._done.done():
+            self._done.set_exception(error)
+
+    def _read_guest(self) -> None:
+        try:
+            size = self._guest.recv_into(_piece)
+            if size:
+                if not self._send_out(bytes(_piece[:size])):
+                    self._loop.remove_reader(self._guest)
+                return
+            self._loop.remove_reader(self._guest)
+            self._guest_ended = True
+            last = self._guard.finish()
+            if last:
+                self._count_out(last)
+            self._out.end()
+            self._check_end()
+        except BlockingIOError:
+            return
+        except (RefusedError, OSError) as error:
+            self._fail(error)
+
+    def _send_out(self, data: bytes) -> bool:
+        try:
+            ready = self._guard.feed(data)
+        except RefusedError as error:
+            error.evidence = data
+            raise
+        return not ready or self._count_out(ready)
+
+    def _count_out(self, ready: bytes) -> bool:
+        if self._meter is not None:
+            self._meter.spend(bytes_out=len(ready))
+        return self._out.send(ready)
+
+    def _read_server(self) -> None:
+        try:
+            size = self._server.recv_into(_piece)
+            if not size:
+                self._loop.remove_reader(self._server)
+                self._server_ended = True
+                self._in.end()
+                self._check_end()
+                return
+            data = _piece[:size]
+            if self._meter is not None:
+                self._meter.spend(bytes_in=size)
+            is_taken = self._in.send(data)
+            if self._guard.is_waiting and (released := self._guard.feed_response(bytes(data))):
+                self._count_out(released)
+            if not is_taken:
+                self._loop.remove_reader(self._server)
+        except BlockingIOError:
+            return
+        except (RefusedError, OSError) as error:
+            self._fail(error)
+
+    def _check_end(self) -> None:
+        if self._done.done() or not (self._out.is_ended or self._in.is_ended):
+            return
+        if self._out.is_ended and self._in.is_ended:
+            self._done.set_result(None)
+        elif self._timer is None:
+            self._watch_silence()
+
+    def _watch_silence(self) -> None:
+        seen = (self._counters.bytes_out, self._counters.bytes_in)
+        if self._timer is not None and seen == self._seen:
+            self._fail(TimeoutError("half closed and silent"))
+            return
+        self._seen = seen
+        self._timer = self._loop.call_later(HALF_CLOSED_S, self._watch_silence)
 
 
-async def relay(guest: socket.socket, server: socket.socket, guard: Guard, counters: Counters, first: bytes) -> None:
+async def relay(
+    guest: socket.socket,
+    server: socket.socket,
+    guard: Guard,
+    counters: Counters,
+    first: bytes,
+    meter: Meter | None = None,
+) -> None:
     """Send ``first`` (guest bytes judged already, through the guard like all others), then relay until both sides ended.
 
     Raises:
-        RefusedError: the guard refused bytes of the guest; they were not sent.
+        RefusedError: the guard (or the meter) refused bytes of the guest; they were not sent.
         OSError: one side broke off (also TimeoutError: silent for too long when half closed).
     """
-    pump = _Pump(guest, server, guard, counters)
-    if first:
-        await pump.to_server(first)
-    tasks = {asyncio.create_task(pump.outward()), asyncio.create_task(pump.inward())}
-    try:
-        open_ways = tasks
-        while open_ways:
-            before = (counters.bytes_out, counters.bytes_in)
-            silence_s = HALF_CLOSED_S if len(open_ways) == 1 else None
-            done, open_ways = await asyncio.wait(open_ways, timeout=silence_s, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-            if not done and before == (counters.bytes_out, counters.bytes_in):
-                raise TimeoutError("half closed and silent")
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    await Relay(guest, server, guard, counters, meter).run(first)

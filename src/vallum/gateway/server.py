@@ -17,7 +17,7 @@ import msgspec
 
 from vallum.core.events import AnyEvent
 from vallum.core.verdict import Decision
-from vallum.gateway.cell import GatewayCell, NodeGoneError, Owner
+from vallum.gateway.cell import Charge, GatewayCell, NodeGoneError
 from vallum.gateway.door import Endpoint
 from vallum.gateway.flow import serve_connection
 from vallum.gateway.names import HostResolver
@@ -26,7 +26,6 @@ from vallum.gateway.wire import (
     AddCell,
     Append,
     Attribute,
-    Attributed,
     CallTool,
     Channel,
     CloseSteps,
@@ -54,6 +53,7 @@ NODE_TIMEOUT_S = 5.0
 STEPS_TIMEOUT_S = 30.0
 TOOL_TIMEOUT_S = 600.0
 _HOLD_GRACE_S = 5.0
+_EXPIRE_S = 0.5
 
 _Answer = TypeVar("_Answer", bound=Frame)
 _Order = AddCell | RemoveCell | UpdateRules | Ping | ServeRequest
@@ -73,23 +73,37 @@ class GatewayServer:
         self._decoder = msgspec.msgpack.Decoder(FromNode)
         self._tasks: set[asyncio.Task[None]] = set()
         self._channel = Channel(control, self._on_frame, self._on_end)
+        self._expire()
 
-    async def attribute(self, cell: str, protocol: str, src: Endpoint, dst: Endpoint) -> Owner:
-        """Ask the node who opened a socket.
+    def attribute(self, cell: str, protocol: str, src: Endpoint, dst: Endpoint) -> Charge:
+        """See :meth:`vallum.gateway.cell.Node.attribute`."""
+        seq, future = self._open()
+        self._channel.send(Attribute(seq=seq, cell=cell, protocol=protocol, src=src, dst=dst))
+        return Charge(seq, future)
 
-        Raises:
-            NodeGoneError: no answer, or it cannot say.
-        """
-        answer = await self._ask(Attributed, Attribute, cell=cell, protocol=protocol, src=src, dst=dst)
-        return Owner(answer.scope, answer.attribution, answer.process, answer.socket_step)
+    async def append(self, cell: str, event: AnyEvent, charge: Charge | None = None) -> int:
+        """See :meth:`vallum.gateway.cell.Node.append`."""
+        seq, future = self._open()
+        self._channel.send(Append(seq=seq, cell=cell, event=event, charge=None if charge is None else charge.number))
+        try:
+            answer = await future
+        except OSError as error:  # TimeoutError and ConnectionError are
+            raise NodeGoneError(str(error)) from error
+        finally:
+            self._requests.forget(seq)
+        if isinstance(answer, Done):
+            return answer.id
+        raise NodeGoneError(answer.error if isinstance(answer, Failed) else "the node answered something else")
 
-    async def append(self, cell: str, event: AnyEvent) -> int:
-        """Have the node record an event; its id once it is written.
+    def _open(self) -> tuple[int, asyncio.Future[Frame]]:
+        try:
+            return self._requests.open(NODE_TIMEOUT_S)
+        except ConnectionError as error:
+            raise NodeGoneError(str(error)) from error
 
-        Raises:
-            NodeGoneError: it was not.
-        """
-        return (await self._ask(Done, Append, cell=cell, event=event)).id
+    def _expire(self) -> None:
+        self._requests.expire()
+        asyncio.get_running_loop().call_later(_EXPIRE_S, self._expire)
 
     async def open_steps(
         self,

@@ -183,10 +183,13 @@ class Attribute(Frame, frozen=True, tag="attribute"):
 
 
 class Append(Frame, frozen=True, tag="append"):
-    """Gateway: record this event of the cell."""
+    """Gateway: record this event of the cell. Answered ``Done``, after the answer to ``charge``."""
 
     cell: str
     event: AnyEvent
+    charge: int | None = None
+    """Number of an :class:`Attribute` of this cell, used once: its answer says whose the event is, in place of what stands there.
+    So a fact is attributed and written at the price of one wait."""
 
 
 class Done(Frame, frozen=True, tag="done"):
@@ -244,16 +247,35 @@ class Channel:
         self._in = bytearray()
         self._in_fds: deque[int] = deque()
         self._out: deque[tuple[memoryview, list[int]]] = deque()
+        self._soon = bytearray()
+        self._is_waiting = False
         self.is_open = True
         self._loop.add_reader(sock, self._readable)
 
-    def send(self, frame: Frame, fds: Sequence[int] = ()) -> None:
-        """Queue a frame. The descriptors are duplicated by the kernel when it leaves; the copies kept are closed then."""
+    def send(self, frame: Frame, fds: Sequence[int] = (), *, soon: bool = False) -> None:
+        """Queue a frame. The descriptors are duplicated by the kernel when it leaves; the copies kept are closed then.
+
+        ``soon``: it may wait for others of this turn of the loop, and leave with them in one piece.
+        """
         if not self.is_open:
             return
         body = self._encoder.encode(frame)
-        data = memoryview(_HEADER.pack(len(body), len(fds)) + body)
-        self._out.append((data, [os.dup(fd) for fd in fds]))
+        data = _HEADER.pack(len(body), len(fds)) + body
+        if soon and not fds:
+            if not self._soon:
+                self._loop.call_soon(self._flush)
+            self._soon += data
+            return
+        self._flush()
+        self._queue(data, [os.dup(fd) for fd in fds])
+
+    def _flush(self) -> None:
+        if self._soon and self.is_open:
+            data, self._soon = self._soon, bytearray()
+            self._queue(data, [])
+
+    def _queue(self, data: bytes | bytearray, fds: list[int]) -> None:
+        self._out.append((memoryview(data), fds))
         if len(self._out) == 1:
             self._writable()
 
@@ -278,7 +300,9 @@ class Channel:
             try:
                 sent = self._sock.sendmsg([data], rights)
             except BlockingIOError:
-                self._loop.add_writer(self._sock, self._writable)
+                if not self._is_waiting:
+                    self._is_waiting = True
+                    self._loop.add_writer(self._sock, self._writable)
                 return
             except OSError as error:
                 self.close(f"cannot be written to ({error.strerror})")
@@ -289,7 +313,9 @@ class Channel:
                 self._out[0] = (data[sent:], [])
             else:
                 self._out.popleft()
-        self._loop.remove_writer(self._sock)
+        if self._is_waiting:
+            self._is_waiting = False
+            self._loop.remove_writer(self._sock)
 
     def _readable(self) -> None:
         try:
@@ -333,11 +359,16 @@ class Requests:
 
     def __init__(self) -> None:
         self._waiting: dict[int, asyncio.Future[Frame]] = {}
+        self._due: deque[tuple[float, int]] = deque()
         self._next = 0
         self._ended: str | None = None
+        self._loop = asyncio.get_running_loop()
 
-    def open(self) -> tuple[int, asyncio.Future[Frame]]:
+    def open(self, within_s: float | None = None) -> tuple[int, asyncio.Future[Frame]]:
         """A number for a new request, and the future of its answer.
+
+        ``within_s``: how long the answer may take, the same for all requests that give it; see :meth:`expire`. One clock for
+        many requests costs less than a timer each.
 
         Raises:
             ConnectionError: the other side has gone.
@@ -345,9 +376,19 @@ class Requests:
         if self._ended is not None:
             raise ConnectionResetError(self._ended)
         self._next += 1
-        future: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Frame] = self._loop.create_future()
         self._waiting[self._next] = future
+        if within_s is not None:
+            self._due.append((self._loop.time() + within_s, self._next))
         return self._next, future
+
+    def expire(self) -> None:
+        """Give TimeoutError to who has waited for too long. To be called every second or so."""
+        now = self._loop.time()
+        while self._due and self._due[0][0] <= now:
+            future = self._waiting.pop(self._due.popleft()[1], None)
+            if future is not None and not future.done():
+                future.set_exception(TimeoutError("no answer came in time"))
 
     def settle(self, frame: Frame) -> None:
         """Give an answer to whoever waits for it. An answer that nobody waits for is ignored."""
