@@ -68,6 +68,11 @@ class Trust:
         added = {name: value for name, value in made.environ.items() if image.environ.get(name) != value}
         return msgspec.structs.replace(image, layers=made.layers, environ={**image.environ, **added, **environ})
 
+    def stop(self) -> None:
+        """No cell is left: delete everything."""
+        self._made.clear()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
     def release(self, run: str) -> None:
         """The run has no cell left: delete its directories."""
         gone = [key for key in self._made if key[0] == run]

@@ -73,6 +73,6 @@ def _explain(error: OSError, server_name: str) -> str:
             f"the guest does not trust the run's certificate authority, which ends TLS for {show(server_name)}: let it use "
             "the system's certificates or /etc/vallum/ca-bundle.pem"
         )
-    if isinstance(error, ssl.SSLEOFError):
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return "the guest broke off the TLS handshake (it may not trust the run's certificate authority)"
     return f"the TLS handshake with the guest failed: {said.lower().replace('_', ' ')}"

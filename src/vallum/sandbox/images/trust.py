@@ -196,13 +196,12 @@ def _choose_files(view: ImageView, certificate_pem: bytes, roots_pem: bytes) -> 
 
 
 def _write(layers: list[Layer], view: ImageView, files: dict[str, bytes], directory: Path) -> list[Layer]:
-    directory.mkdir(mode=0o755, parents=True)
+    directory.mkdir(mode=0o700, parents=True)
     tops: dict[str, Path] = {}
     for path, data in files.items():
         at = view.layer_of(path).at
         top = tops.setdefault(at, directory / str(len(tops)))
-        if not top.exists():
-            top.mkdir(mode=0o755)
+        _make_directory(top, None)
         below = PurePosixPath(path).relative_to(at)
         for parent in list(below.parents)[-2::-1]:
             _make_directory(top / parent, view.find(str(PurePosixPath(at) / parent)))
@@ -223,11 +222,10 @@ def _make_directory(path: Path, like: Seen | None) -> None:
     """A directory that shows the mode and owner that it had: the uppermost one counts."""
     if path.exists():
         return
-    path.mkdir(mode=0o755)
-    if like is not None:
-        if os.geteuid() == 0:
-            os.chown(path, like.found.st_uid, like.found.st_gid)
-        path.chmod(stat.S_IMODE(like.found.st_mode))
+    path.mkdir()
+    if like is not None and os.geteuid() == 0:
+        os.chown(path, like.found.st_uid, like.found.st_gid)
+    path.chmod(stat.S_IMODE(like.found.st_mode) if like is not None else 0o755)  # whatever the umask
 
 
 def hash_subject(certificate_pem: bytes) -> str:
