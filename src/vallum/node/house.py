@@ -131,6 +131,7 @@ class House:
         await self._spares.stop()
         for backend in self._backends.values():
             await backend.stop()
+        self._trust.stop()
         self._recorder.close_all("node_stopped")
 
     # ------------------------------------------------------------------ cells
