@@ -13,6 +13,7 @@ from vallum.core.errors import VallumError
 from vallum.version import __version__
 
 COMMANDS = {
+    "agent": "vallum.cli.agent:agent",
     "approvals": "vallum.cli.approvals:approvals",
     "approve": "vallum.cli.approvals:approve",
     "bench": "vallum.cli.bench:bench",

@@ -1,0 +1,162 @@
+"""`vallum agent`: an agent at work in a cell, its model behind the cell's door."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from vallum.agent.approval import MODES
+from vallum.agent.limits import Limits
+from vallum.cli.agent_reference import EXIT_CODES, ReferenceOptions, run_reference, summarise
+from vallum.cli.run import print_summary
+from vallum.client.face import Node, Sandbox
+from vallum.client.model import Model, ModelBudget
+from vallum.client.places import Places
+from vallum.core.errors import InvalidInput, VallumError
+from vallum.core.scope import make_run_id
+
+WORK = "/work"
+
+
+@click.command()
+@click.option("--model-upstream", metavar="URL", help="Where the model is: http(s)://HOST[:PORT]/v1, or scripted:FILE.")
+@click.option(
+    "--model", "model_name", default="default", show_default=True, metavar="NAME", help="Which model to ask for."
+)
+@click.option("--credential", default="", metavar="NAME", help="Key for the upstream, from `vallum credentials`.")
+@click.option("--allow", multiple=True, metavar="HOST[:PORT]", help="Grant a host or @bundle to the agent. Repeatable.")
+@click.option("--rules", "rules_file", metavar="FILE", help="Rule file (TOML).")
+@click.option("--containment", type=click.Choice(["locked", "standard", "research"]), help="[default: standard]")
+@click.option("--image", default="host", show_default=True, metavar="REF", help="Image of the cell.")
+@click.option(
+    "--work", metavar="DIR", help="Show DIR copy-on-write at /work and start there; DIR itself is not changed."
+)
+@click.option("--diff", "show_diff", is_flag=True, help="Print which files changed at the end.")
+@click.option("--max-turns", type=int, default=100, show_default=True, help="Replies of the model.")
+@click.option("--max-tokens", type=int, metavar="N", help="Prompt and completion tokens over all calls.")
+@click.option("--max-cost", type=float, metavar="USD", help="Where the upstream's price is known.")
+@click.option("--timeout", "wall_s", type=float, metavar="S", help="Seconds for the whole task.")
+@click.option(
+    "--approve", "mode", type=click.Choice(MODES), default="all", show_default=True,
+    help="What runs without asking: all, edits (commands are asked about), ask (both are), plan (nothing runs).",
+)  # fmt: skip
+@click.option(
+    "--hook", "hooks", multiple=True, metavar="CMD", help="Program run on the host before and after each tool call."
+)
+@click.option("--transcript", type=click.Path(path_type=Path), help="Keep the conversation in this file.")
+@click.option("--resume", is_flag=True, help="Go on from --transcript.")
+@click.option("--interactive", "-i", is_flag=True, help="Ask for another task after each.")
+@click.option("--run", "run_id", metavar="ID", help="Id of the run (default: a new one).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end.")
+@click.option("--quiet", "-q", is_flag=True, help="Only the answer.")
+@click.argument("task", required=False, default="")
+@click.pass_obj
+def agent(places: Places, /, **options: Any) -> None:
+    """Have an agent work on TASK in a fresh cell.
+
+    Its tool calls are steps: every process, file and connection is charged to the call that caused it. It
+    holds no key; the model is asked through the cell's door, within the budgets given here.
+
+    \b
+    Exit codes: 0 submitted, 5 ended without (limits, model, format), 125 containment stopped it.
+    """
+    if not options["task"] and not options["resume"]:
+        raise click.UsageError('say what to do: vallum agent "TASK"')
+    if options["work"]:
+        options["work"] = os.path.abspath(options["work"])  # noqa: PTH100 - no symlink is resolved: the user named this path
+    sys.exit(asyncio.run(_run(places, options)))
+
+
+def make_model(options: dict[str, Any]) -> Model:
+    """The model of the command line.
+
+    Raises:
+        InvalidInput: none is given, or its script cannot be read.
+    """
+    upstream = options["model_upstream"]
+    if not upstream:
+        raise InvalidInput(
+            "no model is given: use --model-upstream https://HOST/v1 (and --credential NAME), or scripted:FILE to try it"
+        )
+    script = b""
+    if upstream.startswith("scripted:"):
+        path = Path(upstream.removeprefix("scripted:"))
+        try:
+            upstream, script = "scripted", path.read_bytes()
+        except OSError as error:
+            raise InvalidInput(f"the script {path} cannot be read: {error.strerror}") from error
+    cost = options["max_cost"]
+    return Model(
+        upstream=upstream,
+        dialect="chat" if upstream not in ("scripted", "replay") else "same",
+        credential=options["credential"],
+        script=script,
+        budget=ModelBudget(tokens=options["max_tokens"], usd_micros=None if cost is None else int(cost * 1e6)),
+    )
+
+
+async def _run(places: Places, options: dict[str, Any]) -> int:
+    model = make_model(options)
+    work = options["work"]
+    async with Node(places=places) as node:
+        sandbox = await node.sandbox(
+            options["image"],
+            containment=options["containment"],
+            allow=options["allow"],
+            rules=options["rules_file"],
+            mounts=[f"{work}:{WORK}"] if work else [],
+            workdir=WORK if work else None,
+            run=options["run_id"] or make_run_id(),
+            command=["vallum", "agent", options["task"]],
+            model=model,
+        )
+        code = 125
+        try:
+            outcome = await run_reference(sandbox, _reference(options))
+            code = EXIT_CODES[outcome.status]
+            if options["show_diff"]:
+                await _print_diff(sandbox)
+        finally:
+            with contextlib.suppress(VallumError):
+                await sandbox.close(exit_code=code)
+        events = await node.events(run=sandbox.run, episode=sandbox.episode)
+    if options["as_json"]:
+        click.echo(msgspec.json.encode(summarise(outcome, sandbox, events)).decode())
+    elif not options["quiet"]:
+        print_summary(sandbox, code, events)
+    return code
+
+
+def _reference(options: dict[str, Any]) -> ReferenceOptions:
+    cost = options["max_cost"]
+    return ReferenceOptions(
+        task=options["task"],
+        model=options["model_name"],
+        limits=Limits(
+            turns=options["max_turns"],
+            tokens=options["max_tokens"],
+            usd_micros=None if cost is None else int(cost * 1e6),
+            wall_s=options["wall_s"],
+        ).check(),
+        mode=options["mode"],
+        workdir=WORK if options["work"] else None,
+        transcript=options["transcript"],
+        resume=options["resume"],
+        hooks=options["hooks"],
+        interactive=options["interactive"],
+        quiet=options["quiet"],
+        as_json=options["as_json"],
+    )
+
+
+async def _print_diff(sandbox: Sandbox) -> None:
+    found = await sandbox.diff()
+    for change in found.changes:
+        click.echo(f"{change.change:8} {change.path}", err=True)
