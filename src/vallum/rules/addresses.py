@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from functools import lru_cache
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -68,6 +69,7 @@ _NAT64_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")
 _COMPATIBLE = ipaddress.IPv6Network("::/96")
 
 
+@lru_cache(maxsize=4096)
 def canonical(text: str) -> Address:
     """The address meant: scope ids dropped, IPv4-mapped IPv6 turned into IPv4.
 
@@ -103,6 +105,11 @@ def forms(address: Address) -> tuple[Address, ...]:
 
 def guards_of(address: Address, *, own: bool = False) -> list[Guard]:
     """Every guard that applies, the most telling first. A grant must open all of them."""
+    return list(_guards_of(address, own))
+
+
+@lru_cache(maxsize=4096)
+def _guards_of(address: Address, own: bool) -> tuple[Guard, ...]:
     shapes = forms(address)
     guards: list[Guard] = []
     if any(shape in network for shape in shapes for network in METADATA.networks):
@@ -112,4 +119,4 @@ def guards_of(address: Address, *, own: bool = False) -> list[Guard]:
         guards.append(OWN)
     if METADATA not in guards:  # more specific than the range that it lies in
         guards += ranges
-    return guards
+    return tuple(guards)

@@ -103,7 +103,8 @@ def generalise(paths: Iterable[str]) -> list[str]:
             if len(members) >= SHARE_FROM:
                 patterns.add(f"{folder}/**")
                 left -= members
-    return sorted(patterns | left)
+    tops = [pattern for pattern in patterns if not any(pattern != p and pattern.startswith(p[:-2]) for p in patterns)]
+    return sorted([*tops, *(path for path in left if not any(path.startswith(top[:-2]) for top in tops))])
 
 
 def render(proposal: Proposal, old: str = "") -> str:

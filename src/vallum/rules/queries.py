@@ -23,6 +23,7 @@ from vallum.rules.grants import Ruleset
 from vallum.rules.names import normalise_name
 
 RULE = "dns-exfiltration"
+_HEX = frozenset("0123456789abcdef")
 
 
 class QueryLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +84,8 @@ def looks_random(label: str, limits: QueryLimits | None = None) -> bool:
         return True
     if len(bare) < limits.entropy_from:
         return False
+    if len(bare) >= 24 and set(bare) <= _HEX:
+        return True
     # Hex and base32 change between digits and letters all the time, names of machines once or twice.
     changes = sum(a.isdigit() != b.isdigit() for a, b in itertools.pairwise(bare))
     if changes >= max(5, len(bare) // 5):
