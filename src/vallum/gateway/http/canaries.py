@@ -14,9 +14,14 @@ import re
 import zlib
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from vallum.core.verdict import Decision
+from vallum.gateway.http1 import RefusedError
 from vallum.gateway.kit import Canary
+
+if TYPE_CHECKING:
+    from vallum.gateway.relay import Guard
 
 MIN_FORM = 6
 """Shorter writings of a value would be found by chance."""
@@ -42,7 +47,7 @@ class FoundError(Exception):
 @lru_cache(maxsize=1024)
 def forms_of(value: bytes) -> tuple[bytes, ...]:
     """The writings of a value that are looked for: as it is, UTF-16, base64 at each alignment, hexadecimal."""
-    forms = {value, value.decode("latin-1").encode("utf-16-le")}
+    forms = {value, b"".join(bytes((byte, 0)) for byte in value)}
     for shift in range(3):
         encoded = base64.b64encode(bytes(shift) + value)
         # The first characters mix in what comes before the value, the last ones what comes after it.
@@ -184,3 +189,37 @@ def scan_head(canaries: Iterable[Canary], pieces: Iterable[bytes]) -> None:
     for piece in pieces:
         scanner.feed(piece)
         scanner.feed(b"\n")
+
+
+class CanaryGuard:
+    """For flows that are relayed in clear: looks for canaries in what another guard lets pass.
+
+    A :class:`~vallum.gateway.relay.Guard`.
+    """
+
+    def __init__(self, inner: Guard, canaries: Iterable[Canary]) -> None:
+        self._inner = inner
+        self._scanner = CanaryScanner(tuple(canaries))
+
+    @property
+    def is_waiting(self) -> bool:
+        """As :attr:`Guard.is_waiting`."""
+        return self._inner.is_waiting
+
+    def feed(self, data: bytes) -> bytes:
+        """As :meth:`Guard.feed`; refuses what holds a canary."""
+        return self._scan(self._inner.feed(data))
+
+    def feed_response(self, data: bytes) -> bytes:
+        """As :meth:`Guard.feed_response`."""
+        return self._scan(self._inner.feed_response(data))
+
+    def finish(self) -> bytes:
+        """As :meth:`Guard.finish`."""
+        return self._scan(self._inner.finish()) + self._scanner.finish()
+
+    def _scan(self, data: bytes) -> bytes:
+        try:
+            return self._scanner.feed(data) if data else data
+        except FoundError as error:
+            raise RefusedError(error.decision) from error

@@ -17,7 +17,7 @@ import msgspec
 from vallum.gateway.http.exchange import MAX_HEAD_BYTES, Carrier, Headers
 from vallum.gateway.http.head import MalformedError, end_to_end, is_chunked, read_length
 from vallum.gateway.relay import Counters
-from vallum.gateway.stream import SocketStream, Stream
+from vallum.gateway.stream import PIECE, SocketStream, Stream
 from vallum.gateway.tls.upstream import connect_tls
 
 HEAD_S = 300.0
@@ -59,11 +59,6 @@ class Upstream:
         poll = select.poll()  # select(2) cannot take descriptors beyond 1023
         poll.register(self._sock, select.POLLIN)
         return not poll.poll(0)
-
-    @property
-    def stream(self) -> Stream:
-        """The bytes themselves, after a switch of protocols."""
-        return self._stream
 
     async def send_head(self, method: str, target: str, headers: Headers) -> None:
         """Send a request's head; ``headers`` are complete, with Host and the framing of the body.
@@ -123,9 +118,9 @@ class Upstream:
         if self._parser.our_state is h11.DONE and self._parser.their_state is h11.DONE:
             self._parser.start_next_cycle()
 
-    def take_rest(self) -> bytes:
-        """What came behind the head of a 101."""
-        return self._parser.trailing_data[0]
+    def switch(self) -> Stream:
+        """The bytes themselves, after a 101: those that came behind its head first. They are counted."""
+        return _Switched(self._stream, self._parser.trailing_data[0], self._counters)
 
     def close(self) -> None:
         """Close it, without waiting for anything."""
@@ -146,6 +141,41 @@ class Upstream:
         except h11.RemoteProtocolError as error:
             raise UpstreamError(f"the server's answer is malformed ({error})") from error
         return event
+
+
+class _Switched:
+    """A :class:`~vallum.gateway.stream.Stream` that begins with bytes that came already."""
+
+    def __init__(self, stream: Stream, head: bytes, counters: Counters) -> None:
+        self._stream = stream
+        self._head = head
+        self._counters = counters
+
+    async def recv(self, limit: int = PIECE) -> bytes:
+        """As :meth:`Stream.recv`."""
+        if self._head:
+            data, self._head = self._head[:limit], self._head[limit:]
+            return data
+        data = await self._stream.recv(limit)
+        self._counters.bytes_in += len(data)
+        return data
+
+    async def send(self, data: bytes) -> None:
+        """As :meth:`Stream.send`."""
+        self._counters.bytes_out += len(data)
+        await self._stream.send(data)
+
+    async def finish(self) -> None:
+        """As :meth:`Stream.finish`."""
+        await self._stream.finish()
+
+    def close(self) -> None:
+        """As :meth:`Stream.close`."""
+        self._stream.close()
+
+    def abort(self) -> None:
+        """As :meth:`Stream.abort`."""
+        self._stream.abort()
 
 
 class Upstreams:

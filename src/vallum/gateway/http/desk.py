@@ -84,6 +84,15 @@ class RequestDesk:
 
     async def answer(self, exchange: Exchange) -> None:
         """As :meth:`Desk.answer`."""
+        try:
+            await self._answer(exchange)
+        except (OSError, GuestGoneError):
+            raise
+        except Exception:  # whatever failed, nothing more of it may leave
+            log.exception("cell %s: answering a request failed", self._carrier.cell.id)
+            await exchange.refuse(fail_closed("answering the request"), 500)
+
+    async def _answer(self, exchange: Exchange) -> None:
         owner = await self._owner()
         judgement = self.judge(exchange.head, owner)
         try:

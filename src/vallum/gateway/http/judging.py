@@ -6,8 +6,6 @@ connection was granted for (no domain fronting, no coalescing of names in one TL
 
 from __future__ import annotations
 
-import re
-
 import msgspec
 
 from vallum.core.text import show
@@ -19,7 +17,6 @@ from vallum.rules.grants import Rule, Ruleset
 from vallum.rules.paths import encode_path, normalise_path
 from vallum.rules.verdicts import Asker, FlowFacts, RequestFacts, judge_request
 
-_NPM_SCOPED = re.compile(r"/(@[^/%]+)%2[fF]([^/%]+)")
 _OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
 
 
@@ -38,13 +35,9 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
 def settle_path(head: RequestHead) -> tuple[RequestHead, str]:
     """The head with its path in normal form, and that path decoded, as rules compare it.
 
-    A path that has no normal form stays as it is; judging denies it. npm writes the slash in the name of a scoped
-    package as ``%2f``; registries read both, and only the plain one can be judged.
+    A path that has no normal form stays as it is; judging denies it.
     """
     path, mark, query = head.target.partition("?")
-    scoped = _NPM_SCOPED.fullmatch(path)
-    if scoped is not None:
-        path = f"/{scoped[1]}/{scoped[2]}"
     normal = normalise_path(path)
     if normal is None:
         return head, path

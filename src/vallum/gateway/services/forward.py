@@ -18,6 +18,7 @@ from vallum.gateway.http.canaries import BodyScanner, FoundError, scan_head
 from vallum.gateway.http.client1 import ResponseHead, Upstream, UpstreamError, Upstreams
 from vallum.gateway.http.exchange import Carrier, DeniedError, Exchange, Headers, RequestHead
 from vallum.gateway.http.redaction import Masker
+from vallum.gateway.http.websocket import FrameError, accept_of, check_key, relay_frames, without_extensions
 from vallum.gateway.kit import Credential, Kit
 from vallum.rules.grants import Rule
 
@@ -98,6 +99,9 @@ class Forward:
         default_port = 443 if head.scheme == "https" else 80
         headers = write_headers(head, headers, default_port=default_port)
         has_body = head.streamed or bool(head.length)
+        if head.upgrade == "websocket" and rule is not None and rule.websocket:
+            await self._open_websocket(exchange, headers)
+            return
         try:
             await self._attempt(exchange, headers, masker, fresh=False)
         except _StaleError:
@@ -135,6 +139,37 @@ class Forward:
                 sending.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await sending
+            self._upstreams.release(upstream)
+
+    async def _open_websocket(self, exchange: Exchange, headers: Headers) -> None:
+        head, kit = exchange.head, self._carrier.cell.kit
+        key = check_key(head)
+        if key is None:
+            reason = "the opening handshake of the WebSocket is malformed"
+            raise DeniedError(Decision(verdict="deny", rule="malformed", reason=reason))
+        asked = (*without_extensions(headers), (b"connection", b"upgrade"), (b"upgrade", b"websocket"))
+        upstream, _ = await self._upstreams.open(head.scheme, head.host, fresh=True)
+        try:
+            await upstream.send_head(head.method, head.target, asked)
+            await upstream.end_body()
+            answer = await upstream.read_head()
+            if answer.status != 101:
+                await self._pass_back(exchange, upstream, answer, Masker(()))
+                return
+            accepts = [value for name, value in answer.headers if name == b"sec-websocket-accept"]
+            names = {name for name, _ in answer.headers}
+            if accepts != [accept_of(key)] or b"sec-websocket-extensions" in names:
+                raise UpstreamError("the server did not finish the handshake of a WebSocket")
+            guest = await exchange.switch(answer.headers)
+            server = upstream.switch()
+            try:
+                await relay_frames(guest, server, kit.canaries, exchange.tally)
+            except FoundError as error:
+                raise DeniedError(error.decision) from error
+            except FrameError as error:
+                reason = f"the WebSocket ended: {error}"
+                raise DeniedError(Decision(verdict="deny", rule="malformed", reason=reason)) from error
+        finally:
             self._upstreams.release(upstream)
 
     async def _await_head(self, upstream: Upstream, sending: asyncio.Task[None]) -> ResponseHead:
