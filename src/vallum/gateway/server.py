@@ -125,18 +125,18 @@ class GatewayServer:
             "pid": pid,
             "on_host": on_host,
         }
-        answer = await self._ask(StepsOpened, OpenSteps, timeout_s=STEPS_TIMEOUT_S, cell=cell, **fields)
+        answer = await self._ask(StepsOpened, OpenSteps, within_s=STEPS_TIMEOUT_S, cell=cell, **fields)
         if len(answer.steps) != len(calls):
             raise NodeGoneError(f"the node opened {len(answer.steps)} steps for {len(calls)} calls")
         return answer.steps
 
     async def close_steps(self, cell: str, branch: str) -> None:
         """See :meth:`vallum.gateway.cell.Node.close_steps`."""
-        await self._ask(Done, CloseSteps, timeout_s=STEPS_TIMEOUT_S, cell=cell, branch=branch)
+        await self._ask(Done, CloseSteps, within_s=STEPS_TIMEOUT_S, cell=cell, branch=branch)
 
     async def stop_agent(self, cell: str, reason: str) -> None:
         """See :meth:`vallum.gateway.cell.Node.stop_agent`."""
-        await self._ask(Done, StopAgent, timeout_s=STEPS_TIMEOUT_S, cell=cell, reason=reason)
+        await self._ask(Done, StopAgent, within_s=STEPS_TIMEOUT_S, cell=cell, reason=reason)
 
     async def hold(
         self,
@@ -159,13 +159,13 @@ class GatewayServer:
             "src": src,
             "dst": dst,
         }
-        return (await self._ask(Decided, Hold, timeout_s=wait_s, may_give_up=True, cell=cell, **fields)).decision
+        return (await self._ask(Decided, Hold, within_s=wait_s, may_give_up=True, cell=cell, **fields)).decision
 
     async def call_tool(self, cell: str, *, name: str, arguments: str, flow: str) -> str:
         """See :meth:`vallum.gateway.cell.Node.call_tool`."""
         fields: dict[str, Any] = {"name": name, "arguments": arguments, "flow": flow}
         return (
-            await self._ask(ToolAnswered, CallTool, timeout_s=TOOL_TIMEOUT_S, may_give_up=True, cell=cell, **fields)
+            await self._ask(ToolAnswered, CallTool, within_s=TOOL_TIMEOUT_S, may_give_up=True, cell=cell, **fields)
         ).result
 
     async def _ask(
@@ -173,7 +173,7 @@ class GatewayServer:
         wanted: type[_Answer],
         kind: type[Frame],
         *,
-        timeout_s: float = NODE_TIMEOUT_S,
+        within_s: float = NODE_TIMEOUT_S,
         may_give_up: bool = False,
         **fields: object,
     ) -> _Answer:
@@ -184,9 +184,9 @@ class GatewayServer:
             raise NodeGoneError(str(error)) from error
         self._channel.send(kind(seq=seq, **fields))
         try:
-            answer = await asyncio.wait_for(future, timeout_s)
+            answer = await asyncio.wait_for(future, within_s)
         except TimeoutError:
-            raise NodeGoneError(f"the node did not answer in {timeout_s:g} s") from None
+            raise NodeGoneError(f"the node did not answer in {within_s:g} s") from None
         except ConnectionError as error:
             raise NodeGoneError(str(error)) from error
         finally:
