@@ -71,7 +71,7 @@ def needs_authority(rules: Ruleset) -> bool:
     """Whether TLS of a cell may have to be ended by the gateway. Pure."""
     return any(
         rule.reads_requests and (rule.ports is None or any("tls" in rule.protocols_for(port) for port in rule.ports))
-        for rule in (*rules.allow, *rules.hold)
+        for rule in (*rules.allow, *rules.hold, *rules.deny)
     )
 
 
