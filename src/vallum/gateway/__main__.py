@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import encodings.idna  # noqa: F401 - loaded before the drop: afterwards this file tree may be unreadable
+import gc
 import logging
 import signal
 import socket
@@ -35,6 +36,8 @@ def main() -> int:
     except GatewayError as error:
         sys.stderr.write(f"vallum-gateway: {error}\n")
         return error.exit_code
+    # What was loaded stays; looking through it again and again for garbage takes a tenth of the time of a flow.
+    gc.freeze()
     asyncio.run(serve(socket.socket(fileno=options.control_fd)))
     return 0
 

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Sequence
-from functools import lru_cache
 from typing import Protocol
 
 import dns.rcode
@@ -34,7 +33,7 @@ from vallum.gateway.tls.upstream import Vetting
 from vallum.gateway.wire import Attributed, Failed, Frame, ProposedCall
 from vallum.rules.facts import Asker
 from vallum.rules.grants import Rule, Ruleset
-from vallum.rules.names import is_under
+from vallum.rules.names import is_under, normalise_name
 from vallum.rules.queries import QueryLoad, judge_query_load
 from vallum.rules.verdicts import judge_query
 
@@ -50,14 +49,8 @@ GATEWAY_SERVICE = "gateway-service"
 log = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=256)
 def _asks_step(rule: Rule) -> bool:
     return (rule.selector is not None and rule.selector.steps is not None) or "step" in rule.when
-
-
-def asks_step(rules: Ruleset) -> bool:
-    """Whether a rule cannot be judged without the step of who asks."""
-    return any(map(_asks_step, (*rules.deny, *rules.hold, *rules.allow)))
 
 
 class NodeGoneError(Exception):
@@ -201,9 +194,8 @@ class GatewayCell:
         self.owner = Owner(Scope(run=run, episode=episode), Attribution(method="netns"), None, None)
         """The cell itself, for facts whose step the node could not tell."""
         self.rules = rules
-        self.asks_step = asks_step(rules)
-        """Whether some rule is for certain steps only, so that nothing can be judged before the step is known."""
         self.kit = kit
+        self._take_rules(rules)
         self.node = node
         self.names = CellNames(resolver)
         self.vetting = vetting
@@ -220,10 +212,18 @@ class GatewayCell:
         self._is_full = False
         for door in tcp:
             door.setblocking(False)
-            self._loop.add_reader(door, self._accept, door)
+            self._loop.add_reader(door.fileno(), self._accept, door)
         for door in dns:
             prepare_datagrams(door)
             self._loops.append(asyncio.create_task(self._receive(door)))
+
+    def _take_rules(self, rules: Ruleset) -> None:
+        every = (*rules.deny, *rules.hold, *rules.allow)
+        self.rules = rules
+        self.asks_step = any(map(_asks_step, every))
+        """Whether some rule is for certain steps only, so that nothing can be judged before the step is known."""
+        self.has_conditions = any(rule.when for rule in every)
+        """Whether the same facts may be judged differently later."""
 
     def asker(self, owner: Owner | None = None) -> Asker:
         """Who asks, for rules that are for somebody. Without ``owner`` the step is not known."""
@@ -243,8 +243,7 @@ class GatewayCell:
 
     def update_rules(self, rules: Ruleset, kit: Kit | None = None) -> int:
         """Judge by ``rules`` (and ``kit``, None: the one there is) from now on, open flows too. How many of those were cut."""
-        self.rules = rules
-        self.asks_step = asks_step(rules)
+        self._take_rules(rules)
         self.kit = kit or self.kit
         return sum(flow.rejudge() for flow in list(self.flows))
 
@@ -291,7 +290,7 @@ class GatewayCell:
             except OSError as error:
                 # Out of descriptors, or a connection that has gone already: neither may end the loop.
                 log.warning("cell %s: accept: %s", self.id, error.strerror)
-                self._loop.remove_reader(door)
+                self._loop.remove_reader(door.fileno())
                 self._loop.call_later(0.05, self._resume, door)
                 return
             self._flow_count += 1
@@ -306,11 +305,11 @@ class GatewayCell:
 
     def _resume(self, door: socket.socket) -> None:
         if door.fileno() >= 0 and not self._is_full:
-            self._loop.add_reader(door, self._accept, door)
+            self._loop.add_reader(door.fileno(), self._accept, door)
 
     def _stop_accepting(self) -> None:
         for door in self._tcp:
-            self._loop.remove_reader(door)
+            self._loop.remove_reader(door.fileno())
 
     async def _receive(self, door: socket.socket) -> None:
         while True:
@@ -368,8 +367,9 @@ class GatewayCell:
 
     def _judge_query(self, query: Query, asker: Asker) -> Decision:
         decision = judge_query(self.rules, query.qname, query.qtype, asker)
-        if decision.verdict != "allow":
-            return decision
+        name = normalise_name(query.qname)
+        if decision.verdict != "allow" or name is None or self.names.is_known(name):
+            return decision  # what is known already is asked of nobody, so it carries nothing out
         self._load, load = judge_query_load(self.rules, self._load, query.qname, mono_ns())
         return decision if load.verdict == "allow" else load
 
@@ -443,8 +443,8 @@ async def _next_datagram(door: socket.socket) -> Datagram | None:
 async def _wait_readable(door: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
-    loop.add_reader(door, ready.set)
+    loop.add_reader(door.fileno(), ready.set)
     try:
         await ready.wait()
     finally:
-        loop.remove_reader(door)
+        loop.remove_reader(door.fileno())

@@ -67,11 +67,11 @@ async def wait_readable(conn: socket.socket, within_s: float) -> None:
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
     timer = loop.call_later(within_s, _fail, ready)
-    loop.add_reader(conn, _finish, ready)
+    loop.add_reader(conn.fileno(), _finish, ready)
     try:
         await ready
     finally:
-        loop.remove_reader(conn)
+        loop.remove_reader(conn.fileno())
         timer.cancel()
 
 
@@ -109,14 +109,15 @@ async def connect_within(ip: str, port: int, within_s: float) -> socket.socket:
     conn = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     loop = asyncio.get_running_loop()
     try:
-        if conn.connect_ex((ip, port)) == errno.EINPROGRESS:
+        # What is near has often answered by the time that connect(2) returns.
+        if conn.connect_ex((ip, port)) == errno.EINPROGRESS and not _is_connected(conn):
             ready = loop.create_future()
             timer = loop.call_later(within_s, _fail, ready)
-            loop.add_writer(conn, _finish, ready)
+            loop.add_writer(conn.fileno(), _finish, ready)
             try:
                 await ready
             finally:
-                loop.remove_writer(conn)
+                loop.remove_writer(conn.fileno())
                 timer.cancel()
         if code := conn.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             raise OSError(code, os.strerror(code))
@@ -125,6 +126,14 @@ async def connect_within(ip: str, port: int, within_s: float) -> socket.socket:
         conn.close()
         raise
     return conn
+
+
+def _is_connected(conn: socket.socket) -> bool:
+    try:
+        conn.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def has_left(conn: socket.socket) -> bool:

@@ -42,7 +42,7 @@ from vallum.gateway.relay import Counters, Guard, HoldingGuard, OpenGuard, Unkno
 from vallum.gateway.sniff import MAX_BYTES, Sniffed, Sniffer
 from vallum.gateway.tls.termination import HandshakeError
 from vallum.rules.facts import Asker, FlowFacts, Pin
-from vallum.rules.verdicts import admits_server_first, judge_flow, may_connect, reads_requests
+from vallum.rules.verdicts import admits_server_first, judge_flow, reads_requests
 
 EVIDENCE_GRACE_S = 0.005
 """How long a refusal waits for the guest's first bytes: evidence, and how to phrase it."""
@@ -128,6 +128,8 @@ class GatewayFlow:
         self.is_inspected = False
         self._charge = cell.attribute("tcp", peer, self.dst)
         self._is_charged = False
+        self._judged: tuple[tuple[object, ...], Decision] | None = None
+        self._judged_host: tuple[object, str | None, Decision] | None = None
         self._server: socket.socket | None = None
         self._cut: Decision | None = None
         self._task = asyncio.current_task()
@@ -163,9 +165,13 @@ class GatewayFlow:
         return False
 
     def _judge(self) -> Decision:
-        if self.service is None:
-            return judge_flow(self.cell.rules, self.facts, self.asker)
-        return self._judge_service(self.service)
+        if self.service is not None:
+            return self._judge_service(self.service)
+        # Opening a flow judges the same facts by the same rules several times, as the world may have changed meanwhile.
+        basis = (self.cell.rules, self.cell.kit, self.facts, self._charge.answer.done())
+        if self._judged is None or any(a is not b for a, b in zip(basis, self._judged[0], strict=True)):
+            self._judged = basis, judge_flow(self.cell.rules, self.facts, self.asker)
+        return self._judged[1]
 
     def _judge_service(self, service: ServiceName) -> Decision:
         name = host_of(service)
@@ -186,11 +192,7 @@ class GatewayFlow:
         if self.dst[1] == 53:
             await self._serve_dns()
             return
-        decision = (
-            may_connect(self.cell.rules, self.facts, self.asker)
-            if self.service is None
-            else self._judge_service(self.service)
-        )
+        decision = self._judge()  # nothing is known of the first bytes: whether any rule could allow it
         if decision.verdict == "deny":
             self._decided()
             await self._collect_evidence()
@@ -258,18 +260,18 @@ class GatewayFlow:
         """What the guest's first bytes are; or that the server may speak first. ``self.head`` keeps the bytes."""
         loop = asyncio.get_running_loop()
         sniffer = Sniffer()
-        server_first = self.service is None and admits_server_first(self.cell.rules, self.facts, self.asker)
-        # A server that speaks before its requests are read would answer nobody's.
-        server_first = server_first and not reads_requests(self.cell.rules, self.facts, self.asker)
         deadline = loop.time() + SNIFF_TIMEOUT_S
         try:
-            if server_first:
+            try:
+                data = self.conn.recv(MAX_BYTES)
+            except BlockingIOError:
+                is_first = self._may_server_speak_first()
                 try:
-                    data = await receive(self.conn, MAX_BYTES, SERVER_FIRST_GRACE_S)
+                    data = await receive(self.conn, MAX_BYTES, SERVER_FIRST_GRACE_S if is_first else SNIFF_TIMEOUT_S)
                 except TimeoutError:
-                    return self.seen, True
-            else:
-                data = await receive(self.conn, MAX_BYTES, SNIFF_TIMEOUT_S)
+                    if is_first:
+                        return self.seen, True
+                    raise
             pieces = 0
             while data:
                 found = sniffer.feed(data)
@@ -284,6 +286,12 @@ class GatewayFlow:
         except (TimeoutError, ConnectionError):
             pass  # judged as it stands: unfinished
         return sniffer.finish(), False
+
+    def _may_server_speak_first(self) -> bool:
+        if self.service is not None or not admits_server_first(self.cell.rules, self.facts, self.asker):
+            return False
+        # A server that speaks before its requests are read would answer nobody's.
+        return not reads_requests(self.cell.rules, self.facts, self.asker)
 
     def _admit(self, sniffed: Sniffed) -> Guard:
         """The guard for what the flow is. Raises RefusedError when the rules say no."""
@@ -342,6 +350,8 @@ class GatewayFlow:
             raise RefusedError(error.decision) from error
 
     def _judge_host(self, host: str | None) -> Decision:
+        if host == self.facts.server_name and not self.cell.has_conditions:
+            return self._judge()
         return judge_flow(
             self.cell.rules, msgspec.structs.replace(self.facts, protocol="http", server_name=host), self.asker
         )

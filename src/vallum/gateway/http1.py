@@ -11,6 +11,7 @@ Not covered: what a WebSocket carries; the content of bodies.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Set
 
 import h11
@@ -21,6 +22,25 @@ from vallum.gateway.sniff import authority_of, split_authority
 MAX_HEAD = 64 * 1024
 MAX_HELD = 64 * 1024
 """Bytes kept back while it is open whether the server switches protocols."""
+_BETWEEN = frozenset({h11.IDLE, h11.DONE})
+_PLAIN = re.compile(
+    rb"(?:GET|HEAD|OPTIONS) /[!-~]* HTTP/1\.1\r\n((?:[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}: [!-~](?:[ -~]*[!-~])?\r\n)+)\r\n"
+)
+_NOT_PLAIN = frozenset(
+    {
+        b"host",
+        b"content-length",
+        b"transfer-encoding",
+        b"connection",
+        b"upgrade",
+        b"http2-settings",
+        b"expect",
+        b"te",
+        b"trailer",
+    }
+)
+"""What makes a request more than plain; ``host``, a second time."""
+_PLAIN_CONNECTION = frozenset({b"keep-alive", b"close"})
 _HOP = frozenset({b"upgrade", b"http2-settings"})
 
 
@@ -102,6 +122,8 @@ class Http1Watch:
         return b""
 
     def _parse(self, data: bytes) -> bytes:
+        if self._pass_plain(data):
+            return data
         out: list[bytes] = []
         try:
             if data:
@@ -111,6 +133,30 @@ class Http1Watch:
         except h11.RemoteProtocolError as error:
             raise _refuse("malformed", f"this is not a request that can be read in only one way ({error})") from error
         return b"".join(out)
+
+    def _pass_plain(self, data: bytes) -> bool:
+        """Whether these bytes are one whole request without a body in its plainest form, which leaves no parser a choice:
+        then they pass as they are. Everything else is parsed and written anew."""
+        if len(data) > MAX_HEAD or self._conn.their_state not in _BETWEEN or self._conn.trailing_data[0]:
+            return False
+        request = _PLAIN.fullmatch(data)
+        if request is None:
+            return False
+        host = None
+        for header in request[1].split(b"\r\n")[:-1]:
+            name, _, value = header.partition(b": ")
+            name = name.lower()
+            if name == b"host" and host is None:
+                host = split_authority(value)
+            elif name in _NOT_PLAIN and not (name == b"connection" and value.lower() in _PLAIN_CONNECTION):
+                return False
+        if host is None:
+            return False
+        decision = self._judge_host(host)
+        if decision.verdict != "allow":
+            raise RefusedError(decision)
+        self._requests += 1
+        return True
 
     def _step(self, out: list[bytes]) -> bool:
         event = self._conn.next_event()

@@ -192,10 +192,14 @@ class CellNames:
                     kept.append(shown)
         return Resolution(exists=bool(raw), addresses=kept, dropped=dropped)
 
-    async def _lookup(self, name: str) -> list[str]:
+    def is_known(self, name: str) -> bool:
+        """Whether a name is answered without asking anybody outside."""
         cached = self._cache.get(name)
-        if cached is not None and cached[0] > mono_ns():
-            return cached[1]
+        return cached is not None and cached[0] > mono_ns()
+
+    async def _lookup(self, name: str) -> list[str]:
+        if self.is_known(name):
+            return self._cache[name][1]
         found = await self._resolver.lookup(name)
         self._cache[name] = (mono_ns() + CACHE_S * 10**9, found)
         if len(self._cache) > MAX_PINS:

@@ -157,7 +157,7 @@ class _Sink:
             self._count(sent)
             if sent == len(data):
                 return True
-            self._loop.add_writer(self._sock, self._writable)
+            self._loop.add_writer(self._sock.fileno(), self._writable)
         self._kept += data[sent:]
         return False
 
@@ -170,7 +170,7 @@ class _Sink:
 
     def forget(self) -> None:
         """Send no more."""
-        self._loop.remove_writer(self._sock)
+        self._loop.remove_writer(self._sock.fileno())
 
     def _writable(self) -> None:
         try:
@@ -179,13 +179,13 @@ class _Sink:
             del self._kept[:sent]
             if self._kept:
                 return
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_writer(self._sock.fileno())
             if self._is_ending:
                 self.end()
         except BlockingIOError:
             return
         except OSError as error:
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_writer(self._sock.fileno())
             if self._failed is not None:
                 self._failed(error)
             return
@@ -228,18 +228,18 @@ class Relay:
             if self._timer is not None:
                 self._timer.cancel()
             for sock in (self._guest, self._server):
-                self._loop.remove_reader(sock)
+                self._loop.remove_reader(sock.fileno())
             self._out.forget()
             self._in.forget()
 
     def _resume_guest(self) -> None:
         if not self._guest_ended:
-            self._loop.add_reader(self._guest, self._read_guest)
+            self._loop.add_reader(self._guest.fileno(), self._read_guest)
         self._check_end()
 
     def _resume_server(self) -> None:
         if not self._server_ended:
-            self._loop.add_reader(self._server, self._read_server)
+            self._loop.add_reader(self._server.fileno(), self._read_server)
         self._check_end()
 
     def _fail(self, error: BaseException) -> None:
@@ -251,9 +251,9 @@ class Relay:
             size = self._guest.recv_into(_piece)
             if size:
                 if not self._send_out(bytes(_piece[:size])):
-                    self._loop.remove_reader(self._guest)
+                    self._loop.remove_reader(self._guest.fileno())
                 return
-            self._loop.remove_reader(self._guest)
+            self._loop.remove_reader(self._guest.fileno())
             self._guest_ended = True
             last = self._guard.finish()
             if last:
@@ -282,7 +282,7 @@ class Relay:
         try:
             size = self._server.recv_into(_piece)
             if not size:
-                self._loop.remove_reader(self._server)
+                self._loop.remove_reader(self._server.fileno())
                 self._server_ended = True
                 self._in.end()
                 self._check_end()
@@ -294,7 +294,7 @@ class Relay:
             if self._guard.is_waiting and (released := self._guard.feed_response(bytes(data))):
                 self._count_out(released)
             if not is_taken:
-                self._loop.remove_reader(self._server)
+                self._loop.remove_reader(self._server.fileno())
         except BlockingIOError:
             return
         except (RefusedError, OSError) as error:

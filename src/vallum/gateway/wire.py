@@ -250,7 +250,7 @@ class Channel:
         self._soon = bytearray()
         self._is_waiting = False
         self.is_open = True
-        self._loop.add_reader(sock, self._readable)
+        self._loop.add_reader(sock.fileno(), self._readable)
 
     def send(self, frame: Frame, fds: Sequence[int] = (), *, soon: bool = False) -> None:
         """Queue a frame. The descriptors are duplicated by the kernel when it leaves; the copies kept are closed then.
@@ -284,8 +284,8 @@ class Channel:
         if not self.is_open:
             return
         self.is_open = False
-        self._loop.remove_reader(self._sock)
-        self._loop.remove_writer(self._sock)
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
         self._sock.close()
         for fd in [*self._in_fds, *(fd for _, fds in self._out for fd in fds)]:
             os.close(fd)
@@ -302,7 +302,7 @@ class Channel:
             except BlockingIOError:
                 if not self._is_waiting:
                     self._is_waiting = True
-                    self._loop.add_writer(self._sock, self._writable)
+                    self._loop.add_writer(self._sock.fileno(), self._writable)
                 return
             except OSError as error:
                 self.close(f"cannot be written to ({error.strerror})")
@@ -315,7 +315,7 @@ class Channel:
                 self._out.popleft()
         if self._is_waiting:
             self._is_waiting = False
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_writer(self._sock.fileno())
 
     def _readable(self) -> None:
         try:
