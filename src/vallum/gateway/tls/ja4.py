@@ -8,6 +8,7 @@ Source: FoxIO, JA4 TLS Client Fingerprinting (technical_details/JA4.md); RFC 870
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from hashlib import sha256
 
 from vallum.gateway.tls.clienthello import ClientHello
@@ -15,19 +16,28 @@ from vallum.gateway.tls.clienthello import ClientHello
 _SNI, _ALPN = 0, 16
 _VERSIONS = {0x0304: "13", 0x0303: "12", 0x0302: "11", 0x0301: "10", 0x0300: "s3", 0x0002: "s2"}
 _NOTHING = "000000000000"
+Numbers = tuple[int, ...]
 
 
 def fingerprint(hello: ClientHello) -> str:
     """``JA4_a_b_c`` of TLS over TCP, as ``t13d1516h2_8daaf6152771_e5627efa2ab1``."""
-    ciphers = _without_grease(hello.ciphers)
-    extensions = _without_grease(hello.extensions)
-    version = max(_without_grease(hello.versions), default=hello.version)
+    versions = hello.versions or (hello.version,)
+    return _fingerprint(versions, hello.ciphers, hello.extensions, hello.signatures, hello.first_alpn)
+
+
+@lru_cache(maxsize=256)  # a cell's connections are those of a few programs
+def _fingerprint(
+    versions: Numbers, offered_ciphers: Numbers, offered_extensions: Numbers, offered_signatures: Numbers, alpn: bytes
+) -> str:
+    ciphers = _without_grease(offered_ciphers)
+    extensions = _without_grease(offered_extensions)
+    version = max(_without_grease(versions), default=0)
     head = (
         f"t{_VERSIONS.get(version, '00')}{'d' if _SNI in extensions else 'i'}"
-        f"{min(len(ciphers), 99):02}{min(len(extensions), 99):02}{_ends(hello.first_alpn)}"
+        f"{min(len(ciphers), 99):02}{min(len(extensions), 99):02}{_ends(alpn)}"
     )
     listed = _listing(sorted(number for number in extensions if number not in (_SNI, _ALPN)))
-    signatures = _listing(_without_grease(hello.signatures))
+    signatures = _listing(_without_grease(offered_signatures))
     tail = f"{listed}_{signatures}" if signatures else listed
     return f"{head}_{_short_hash(_listing(sorted(ciphers)))}_{_short_hash(tail) if listed else _NOTHING}"
 
