@@ -2,61 +2,27 @@
 
 import json
 import os
-import socket
-import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 
 import vallum
+from vallum.testing.target import Target, make_address
 
 pytestmark = [pytest.mark.root, pytest.mark.e2e, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
-TARGET = "192.0.2.77"
 AGENT = Path(__file__).with_name("chat_agent.py").read_bytes()
-
-
-class Target:
-    """A server at an address that this test made, which counts who comes."""
-
-    def __init__(self) -> None:
-        self.received: list[bytes] = []
-        self._listener = socket.create_server((TARGET, 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                peer, _ = self._listener.accept()
-            except OSError:
-                return
-            with peer:
-                peer.settimeout(5)
-                self.received.append(peer.recv(4096))
-                peer.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok")
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
 
 
 @pytest.fixture(scope="module")
 def address():
-    name = f"vt{os.getpid() % 10**8}"
-    subprocess.run(["ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}p"], check=True)
-    try:
-        subprocess.run(["ip", "addr", "add", f"{TARGET}/32", "dev", name], check=True)
-        subprocess.run(["ip", "link", "set", name, "up"], check=True)
-        yield
-    finally:
-        subprocess.run(["ip", "link", "del", name], check=True)
+    with make_address() as address:
+        yield address
 
 
 @pytest.fixture
 def target(address):
-    target = Target()
+    target = Target(address)
     yield target
     target.close()
 
@@ -97,7 +63,7 @@ def started(events, needle):
 
 
 async def test_a_call_is_a_step_and_its_daemon_stays_with_it(home, target):
-    late = f"(sleep 1.2; curl -s -m 3 http://{TARGET}:{target.port}/) >/dev/null 2>&1 & echo first"
+    late = f"(sleep 1.2; curl -s -m 3 {target.url}/) >/dev/null 2>&1 & echo first"
     second, third = "sleep 0.2; echo second", "sleep 2.5; echo third"
     script = [{"tool_calls": [bash(text)]} for text in (late, second, third)] + [{"text": "finished"}]
     events, said = await work(home, script)
@@ -125,16 +91,16 @@ async def test_a_call_is_a_step_and_its_daemon_stays_with_it(home, target):
 
 
 async def test_the_same_daemon_is_let_out_when_it_is_granted(home, target):
-    late = f"(sleep 0.5; curl -s -m 3 http://{TARGET}:{target.port}/) >/dev/null 2>&1 & echo first"
+    late = f"(sleep 0.5; curl -s -m 3 {target.url}/) >/dev/null 2>&1 & echo first"
     script = [{"tool_calls": [bash(late)]}, {"tool_calls": [bash("sleep 1.5")]}, {"text": "finished"}]
-    events, _ = await work(home, script, allow=[f"{TARGET}:{target.port}"])
+    events, _ = await work(home, script, allow=[f"{target.address}:{target.port}"])
     (opened,) = flows_to(events, target.port, "opened")
     assert opened["scope"]["step"] == steps_by_call(events)[late]
     assert len(target.received) == 1
 
 
 async def test_parallel_calls_of_one_reply_are_told_apart(home, target):
-    commands = [f"sleep 0.{n}; curl -s -m 3 http://{TARGET}:{target.port}/{n}; echo {n}" for n in (3, 4, 5)]
+    commands = [f"sleep 0.{n}; curl -s -m 3 {target.url}/{n}; echo {n}" for n in (3, 4, 5)]
     script = [{"tool_calls": [bash(text) for text in commands]}, {"text": "finished"}]
     events, _ = await work(home, script)
     steps = steps_by_call(events)
@@ -152,8 +118,8 @@ async def test_parallel_calls_of_one_reply_are_told_apart(home, target):
 
 
 async def test_parallel_sub_agents_of_one_process_are_told_apart(home, target):
-    one = f"curl -s -m 3 http://{TARGET}:{target.port}/one"
-    other = f"sleep 0.3; curl -s -m 3 http://{TARGET}:{target.port}/other"
+    one = f"curl -s -m 3 {target.url}/one"
+    other = f"sleep 0.3; curl -s -m 3 {target.url}/other"
     task = [{"name": "task", "arguments": {"prompt": f"be number {n}"}} for n in (1, 2)]
     script = [
         {"first": "go", "tool_calls": task},
@@ -174,7 +140,7 @@ async def test_parallel_sub_agents_of_one_process_are_told_apart(home, target):
 
 async def test_what_cannot_be_told_apart_is_charged_to_nobody_alone(home, target):
     """Two calls with the same text: both candidates are named, and none of them is charged."""
-    same = f"curl -s -m 3 http://{TARGET}:{target.port}/"
+    same = f"curl -s -m 3 {target.url}/"
     events, _ = await work(home, [{"tool_calls": [bash(same), bash(same)]}, {"text": "finished"}])
     denied = flows_to(events, target.port, "denied")
     assert len(denied) == 2

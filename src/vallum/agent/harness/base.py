@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 MODEL_BASE = "http://model.vallum.internal"
 """The model door as a cell's programs see it. Plain HTTP: there is no network between a guest and its gateway."""
-STATE = "/tmp/agent"  # noqa: S108 - of the guest
+STATE = "/var/tmp/agent"  # noqa: S108 - of the guest; codex refuses places under /tmp
 """Where an agent keeps its configuration and state in the cell: writable in every image."""
 
 Installer = Literal["npm", "pip"]
