@@ -20,6 +20,7 @@ from vallum.gateway.sniff import split_authority
 
 _LINE_ENDS = re.compile(rb"(?<!\r)\n|\r(?!\n)")
 _CONTROLS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([^\r]*?)[ \t]*\r", re.IGNORECASE)
 _FOLDED = re.compile(rb"\n[ \t]")
 _METHOD = re.compile(rb"[A-Z][A-Z0-9_-]{0,31}")
 _ABSOLUTE = re.compile(rb"(https?)://([^/?#]+)([/?].*)?", re.IGNORECASE)
@@ -80,6 +81,10 @@ def check_head(head: bytes) -> None:
         raise MalformedError("there are control characters in the head")
     if _FOLDED.search(head):
         raise MalformedError("a header is folded over several lines")
+    lengths = _LENGTH.findall(head)
+    if len(lengths) > 1 or any(_DIGITS.fullmatch(length) is None for length in lengths):
+        # The parser takes a list of equal ones; a server behind may take one of them.
+        raise MalformedError("Content-Length has to be one number, once")
     if head.count(b"\n") > MAX_HEADERS + 2:
         raise MalformedError(f"there are more than {MAX_HEADERS} headers")
 
