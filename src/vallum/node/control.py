@@ -31,6 +31,7 @@ from vallum.node.credentials import CredentialStore, covers
 from vallum.node.door import Door
 from vallum.node.live import LiveCell
 from vallum.node.redaction import Redactor
+from vallum.node.trust import check_roots
 from vallum.rules.files import compose, parse_ruleset
 from vallum.rules.grants import Rule, Ruleset, parse_host
 
@@ -207,7 +208,7 @@ class Control:
             credentials=used,
             canaries=(*registered, *baits, *guard_secrets(stored.values())),
             authority=of_run.authority if needs_authority(rules) else None,
-            upstream_roots=control.upstream_roots,
+            upstream_roots=check_roots(control.upstream_roots),
             verify_upstream=control.verify_upstream,
             model=make_model_door(control.model),
             package_min_age_s=control.package_min_age_s,

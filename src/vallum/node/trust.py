@@ -7,16 +7,33 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import ssl
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
 import msgspec
 
-from vallum.core.errors import SandboxError
+from vallum.core.errors import InvalidInput, SandboxError
 from vallum.gateway.kit import Authority
 from vallum.sandbox.base import Image
 from vallum.sandbox.images.trust import trust_authority
+
+
+def check_roots(pem: bytes) -> bytes:
+    """The same certificates, if the gateway can use them.
+
+    Raises:
+        InvalidInput: they are not PEM.
+    """
+    if pem:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii"))
+        except (ssl.SSLError, ValueError) as error:
+            raise InvalidInput(
+                f"the authorities of granted servers are not certificates ({error}): give a file of PEM certificates"
+            ) from error
+    return pem
 
 
 class Trust:
