@@ -72,12 +72,14 @@ class ConditionError(Exception):
     """A condition could not be evaluated on these facts."""
 
 
+@lru_cache(maxsize=1024)
 def fields_of(text: str) -> frozenset[str]:
     """The variables that an expression names (literals are not looked into)."""
     bare = re.sub(r"\s*\.\s*", ".", _LITERAL.sub("''", text))
     return frozenset(name for name in FIELDS if re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", bare))
 
 
+@lru_cache(maxsize=1024)
 def stage_of(text: str) -> Stage:
     """What has to be known for it."""
     fields = fields_of(text)

@@ -9,19 +9,11 @@ from vallum.core.text import show
 from vallum.core.verdict import Decision
 from vallum.rules.conditions import ConditionError, Stage, evaluate, stage_of
 from vallum.rules.facts import Asker, FlowFacts, RequestFacts
-from vallum.rules.grants import Rule, Ruleset
+from vallum.rules.grants import Rule
 
 ANYBODY = Asker()
 Standing = Literal["yes", "no", "later", "failed"]
 """Whether a rule's terms are met; ``later``: its condition needs facts of a later stage; ``failed``: it has no value."""
-
-
-def needs_step(rules: Ruleset) -> bool:
-    """Whether any rule depends on the step, so that a flow should be judged when its owner is known."""
-    every = (*rules.allow, *rules.hold, *rules.deny)
-    return any(
-        (rule.selector is not None and rule.selector.steps is not None) or "scope.step" in rule.when for rule in every
-    )
 
 
 def holds_for(rule: Rule, asker: Asker | None, *, unknown: bool) -> bool:

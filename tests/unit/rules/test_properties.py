@@ -119,6 +119,19 @@ def test_one_more_denial_never_widens(
 
 
 @given(rulesets, rules(), flows, requests, maybe_askers)
+def test_one_more_grant_never_narrows(
+    made: Ruleset, grant: Rule, facts: FlowFacts, request: RequestFacts, asker: Asker
+) -> None:
+    more = msgspec.structs.replace(made, allow=(*made.allow, grant))
+    for before, after in (
+        (judge_flow(made, facts, asker), judge_flow(more, facts, asker)),
+        (judge_request(made, facts, request, asker), judge_request(more, facts, request, asker)),
+        (judge_query(made, request.host, asker=asker), judge_query(more, request.host, asker=asker)),
+    ):
+        assert RANK[after.verdict] >= RANK[before.verdict]
+
+
+@given(rulesets, rules(), flows, requests, maybe_askers)
 def test_one_more_hold_never_turns_into_an_allowance(
     made: Ruleset, hold: Rule, facts: FlowFacts, request: RequestFacts, asker: Asker
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import msgspec
@@ -11,9 +12,15 @@ from click.testing import CliRunner
 
 from vallum.cli.rules import rules as command
 from vallum.core.errors import RuleError
+from vallum.rules.budgets import RULE as BUDGET
 from vallum.rules.cases import list_shipped, read_cases, run_case
+from vallum.rules.conditions import FIELDS as VARIABLES
+from vallum.rules.explanation import explain
+from vallum.rules.fields import FIELDS
 from vallum.rules.files import compose, list_bundles, parse_ruleset, read_bundle
 from vallum.rules.grants import CONTAINMENTS, Budget, Rule, Ruleset, Selector
+from vallum.rules.learning import GUARDED, LEARNABLE
+from vallum.rules.queries import RULE as QUERIES
 
 EVERYTHING = """
 bundles = ["pypi"]
@@ -251,3 +258,24 @@ def test_explain_command_takes_urls_and_askers(tmp_path: Path) -> None:
     assert json.loads(checked.output)["hold"][0]["id"] == "hold:h.example"
     bad = run(command, ["explain", str(file), "https://github.com/%2e%2e/%2e%2e"])
     assert isinstance(bad.exception, RuleError)
+
+
+def test_the_documentation_names_everything_and_its_tests_pass(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "rules.md").read_text()
+    for word in (*FIELDS, *list_bundles(), *Budget.__struct_fields__, *LEARNABLE, *GUARDED, BUDGET, QUERIES):
+        assert f"`{word}`" in text, word
+    assert all(name in text or name.partition(".")[2] in text for name in VARIABLES)
+    blocks = [block for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if "[[test]]" in block]
+    assert blocks
+    for block in blocks:
+        (tmp_path / "doc.toml").write_text(block)
+        made, cases = read_cases(tmp_path / "doc.toml")
+        for case in cases:
+            assert run_case(made, case).passed
+
+
+def test_one_more_grant_never_narrows() -> None:
+    wide = parse_ruleset('[[allow]]\nhost = "a.example"', "x")
+    both = parse_ruleset('[[allow]]\nhost = "a.example"\n[[allow]]\nhost = "a.example"\nmethods = ["GET"]', "x")
+    for made in (wide, both):
+        assert explain(made, "POST https://a.example/x").decision.verdict == "allow"
