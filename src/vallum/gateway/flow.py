@@ -33,6 +33,7 @@ from vallum.gateway.door import (
     receive,
     reset,
 )
+from vallum.gateway.http.canaries import CanaryGuard
 from vallum.gateway.http.inspection import inspect
 from vallum.gateway.http1 import Http1Watch, RefusedError
 from vallum.gateway.kit import SERVICE_PORT, ServiceName
@@ -132,6 +133,8 @@ class GatewayFlow:
         self._judged_host: tuple[object, str | None, Decision] | None = None
         self._server: socket.socket | None = None
         self._cut: Decision | None = None
+        self._approved = ""
+        """Rule that held it, and that a person let it pass."""
         self._task = asyncio.current_task()
 
     def end(self) -> None:
@@ -156,10 +159,9 @@ class GatewayFlow:
 
     def rejudge(self) -> bool:
         """The rules have changed: cut it unless they still allow it. Whether it is cut."""
-        decision = self._judge()
-        # What was held was allowed by a person.
-        if decision.verdict == "deny" and self._task is not None and self._cut is None:
-            self._cut = decision
+        refusal = self._refusal(self._judge())
+        if refusal is not None and self._task is not None and self._cut is None:
+            self._cut = refusal
             self._task.cancel()
             return True
         return False
@@ -171,7 +173,20 @@ class GatewayFlow:
         basis = (self.cell.rules, self.cell.kit, self.facts, self._charge.answer.done())
         if self._judged is None or any(a is not b for a, b in zip(basis, self._judged[0], strict=True)):
             self._judged = basis, judge_flow(self.cell.rules, self.facts, self.asker)
-        return self._judged[1]
+        return self._pass_approved(self._judged[1])
+
+    def _pass_approved(self, decision: Decision) -> Decision:
+        if decision.verdict != "hold" or decision.rule != self._approved:
+            return decision
+        return Decision(verdict="allow", rule=decision.rule, reason=f"{decision.reason}: it was given")
+
+    def _refusal(self, decision: Decision) -> Decision | None:
+        """What ends a flow that is open, or None. Nobody is asked about it any more; of what is read each request is judged."""
+        if decision.verdict == "deny":
+            return decision
+        if decision.verdict == "hold" and not self.is_inspected:
+            return Decision(verdict="deny", rule=decision.rule, reason=decision.reason)
+        return None
 
     def _judge_service(self, service: ServiceName) -> Decision:
         name = host_of(service)
@@ -200,6 +215,12 @@ class GatewayFlow:
             return
         sniffed, server_first = await self._sniff()
         if server_first:
+            if decision.verdict == "hold":
+                self._decided()
+                decision = await self._hold(decision)
+                if decision.verdict != "allow":
+                    await self._refuse(decision)
+                    return
             await self._open(decision, HoldingGuard(self._admit), b"")
         elif not self.head:
             self._decided()
@@ -245,6 +266,8 @@ class GatewayFlow:
                     reason = f"{decision.reason}; the guest left before it was decided"
                     return Decision(verdict="deny", rule=decision.rule, reason=reason)
             given = asked.result()
+            if given.verdict == "allow":
+                self._approved = decision.rule
             return Decision(
                 verdict="allow" if given.verdict == "allow" else "deny", rule=decision.rule, reason=given.reason
             )
@@ -309,15 +332,19 @@ class GatewayFlow:
         self.is_inspected = self._must_read()
         if self.is_inspected:
             return OpenGuard()
+        if self._server is not None and (refusal := self._refusal(decision)) is not None:
+            raise RefusedError(refusal)  # connected already, as the server was to speak first: too late to ask
         # It is connected already where the guest was silent for so long that the server might have spoken first.
         if self._server is not None and not self._is_vetted():
             reason = (
                 f"{self.facts.server_name}: TLS came too late for the server's certificate to be seen first; try again"
             )
             raise RefusedError(Decision(verdict="deny", rule="upstream-certificate", reason=reason))
+        guard: Guard = UnknownGuard() if sniffed.protocol == "unknown" else OpenGuard()
         if sniffed.protocol == "http":
-            return Http1Watch(self._judge_host, {self.dst[0], *self.pinned.names})
-        return UnknownGuard() if sniffed.protocol == "unknown" else OpenGuard()
+            guard = Http1Watch(self._judge_host, {self.dst[0], *self.pinned.names})
+        is_clear = sniffed.protocol not in {"tls", "ssh"}
+        return CanaryGuard(guard, self.cell.kit.canaries) if is_clear and self.cell.kit.canaries else guard
 
     def _must_read(self) -> bool:
         """Whether its requests have to be read one by one. HTTP/2 always: its frames cannot be watched in passing."""
@@ -352,9 +379,8 @@ class GatewayFlow:
     def _judge_host(self, host: str | None) -> Decision:
         if host == self.facts.server_name and not self.cell.has_conditions:
             return self._judge()
-        return judge_flow(
-            self.cell.rules, msgspec.structs.replace(self.facts, protocol="http", server_name=host), self.asker
-        )
+        facts = msgspec.structs.replace(self.facts, protocol="http", server_name=host)
+        return self._pass_approved(judge_flow(self.cell.rules, facts, self.asker))
 
     # -- refused -----------------------------------------------------------------------------------------
 
@@ -415,9 +441,9 @@ class GatewayFlow:
         self.cell.flows.add(self)
         final = decision
         try:
-            again = self._judge()
-            if again.verdict == "deny":
-                raise RefusedError(again)  # the rules changed while it was being recorded
+            refusal = self._refusal(self._judge())
+            if refusal is not None:
+                raise RefusedError(refusal)  # the rules changed while it was being recorded
             keep_alive(self.conn)
             if self.is_inspected:
                 await inspect(self, self.seen, head)
