@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` and `make test`. Set-up is part of both and quick the second time.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow lint format bench clean
+.PHONY: help setup setup-dev demo test test-slow test-agents lint format bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,10 +19,14 @@ demo: setup  ## the incident replayed against real walls, with an HTML report
 
 test: setup-dev  ## style, types, layers, then every test but the slow ones
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/pytest -m "not slow"
+	@$(BIN)/pytest -m "not slow and not agents"
 
 test-slow: setup-dev  ## the slow tests
-	@$(BIN)/pytest -m slow --timeout 900
+	@$(BIN)/pytest -m "slow and not agents" --timeout 900
+
+test-agents: setup-dev  ## the agents of others that `make test` leaves out
+	@$(BIN)/python -m vallum.agent.harness.install opencode gemini-cli
+	@$(BIN)/pytest -m agents --timeout 900
 
 lint: setup-dev  ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 On the host an agent is only *unpacked*: scripts of npm packages do not run and pip builds nothing (wheels only), so no
 code of it runs outside of a cell. A tree is complete or not there: it is made beside its place and renamed.
 
-``python -m vallum.agent.harness.install NAME...`` installs by name; what cannot be had is said and is no error.
+``python -m vallum.agent.harness.install [--quiet] NAME...`` installs by name; what cannot be had is said and is no error.
 """
 
 from __future__ import annotations
@@ -108,12 +108,16 @@ def _run(argv: Sequence[str], harness: Harness) -> None:
         raise SandboxError(f"{harness.name} could not be installed ({' '.join(argv[:3])}): {' / '.join(said)}")
 
 
-def main(names: Sequence[str]) -> None:
-    """Install each; say of each what became of it."""
+def main(arguments: Sequence[str]) -> None:
+    """Install each by name; say of each what became of it, with ``--quiet`` only of those that had to be fetched."""
     cache = cache_directory(os.environ)
+    names = [word for word in arguments if word != "--quiet"]
     for name in names:
         try:
-            place = install(find_harness(name), cache)
+            harness = find_harness(name)
+            if is_installed(harness, cache) and len(names) < len(arguments):
+                continue
+            place = install(harness, cache)
         except (VallumError, OSError) as error:
             sys.stdout.write(f"agents: {name} is not there: {error}\n")
         else:
