@@ -370,17 +370,7 @@ def _contents(value: Any) -> list[Json]:
 
 
 def _clean_tool(tool: Json, granted: frozenset[str], stripped: list[str]) -> Json:
-    return keep_known(tool, frozenset({"functionDeclarations"}), granted, stripped) | _empty_tools(
-        tool, granted, stripped
-    )
-
-
-def _empty_tools(tool: Json, granted: frozenset[str], stripped: list[str]) -> Json:
-    """Hosted tools are often asked for by an empty object: granted ones stay, the others are named too."""
-    for key, value in tool.items():
-        if value == {} and name_hosted(key) not in granted and key != "functionDeclarations":
-            stripped.append(name_hosted(key))
-    return {}
+    return keep_known(tool, frozenset({"functionDeclarations"}), granted, stripped)
 
 
 def _clean_content(content: Json, granted: frozenset[str], stripped: list[str]) -> Json:

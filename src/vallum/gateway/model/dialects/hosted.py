@@ -56,6 +56,6 @@ def keep_known(
     for key, value in raw.items():
         if key in known or name_hosted(key) in granted:
             kept[key] = value
-        elif value not in (None, [], {}, "", False):
+        elif value is not None and value is not False and value != [] and value != "":  # {} asks for a tool as it is
             stripped.append(name_hosted(key))
     return kept
