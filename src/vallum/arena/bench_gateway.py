@@ -1,7 +1,7 @@
-"""What the gateway costs: the same client against the same server, directly, through a relay, and from a cell.
+"""What the gateway costs: the same client against the same server, directly, through a relay, through proxies, and from a cell.
 
-Runs in the closed world; the client is one process that makes one connection at a time, so requests
-per second are latency, not the most that a gateway can serve.
+Runs in the closed world. The client and the server are Python processes on the same processors as what is measured, so
+ratios between subjects are smaller than those of what they cost themselves.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from vallum.client.places import Places
 from vallum.core.errors import NodeError
 from vallum.testing.fakes.mirror import PACKAGE
 
-DENIED, REQUESTS, BULK_RATE = (
-    "refused connection, as the client sees it",
-    "HTTP requests, one connection each",
-    "bulk download",
-)
+DENIED = "refused connection, as the client sees it"
+REQUESTS = "HTTP requests, a connection each, one at a time"
+CROWDED = "HTTP requests, a connection each, 16 at once"
+KEPT = "HTTP requests on one connection"
+BULK_RATE = "bulk download"
+VENV_BIN = Path(sys.prefix).parent / ".venv-bench" / "bin"
+"""Where ``scripts/setup --bench`` puts peers that are Python programs: their dependencies are not ours."""
 _REFUSED_PORT = 1
 _PROXY_PORT = 18080
 Client = Callable[[list[str]], Awaitable[list[float]]]
@@ -56,7 +58,7 @@ PROXIES = (
         "cache_store_log none\nshutdown_lifetime 0 seconds\nlogfile_rotate 0\n",
         ("-N", "-f", "{config}"),
     ),
-    Proxy("mitmproxy", "mitmdump", "pip install mitmproxy", "", ("-q", "--listen-host", "127.0.0.1", "--listen-port", "{port}", "--set", "confdir={directory}")),
+    Proxy("mitmproxy", "mitmdump", "scripts/setup --bench", "", ("-q", "--listen-host", "127.0.0.1", "--listen-port", "{port}", "--set", "confdir={directory}")),
 )  # fmt: skip
 
 
@@ -92,13 +94,14 @@ async def _measure(
         if server is None or server == g.MIRROR:  # a relay refuses nothing
             refused = await client(["denied", str(repetitions), g.MIRROR[0], str(_REFUSED_PORT), "-", "-"])
             figures.append(summarise(DENIED, subject, "ms", refused))
-        small = await client(
-            ["requests", str(repetitions), host, str(port), g.MIRROR_NAME, f"{prefix}/packages/{PACKAGE}"]
-        )
-        large = await client(
-            ["bulk", str(max(3, repetitions // 20)), host, str(port), g.MIRROR_NAME, f"{prefix}/packages/{BULK}"]
-        )
-        return [*figures, summarise(REQUESTS, subject, "/s", small), summarise(BULK_RATE, subject, "MB/s", large)]
+        small = [host, str(port), g.MIRROR_NAME, f"{prefix}/packages/{PACKAGE}"]
+        large = [host, str(port), g.MIRROR_NAME, f"{prefix}/packages/{BULK}"]
+        figures.append(summarise(REQUESTS, subject, "/s", await client(["requests", str(repetitions), *small])))
+        figures.append(summarise(CROWDED, subject, "/s", await client(["crowd", str(5 * repetitions), *small])))
+        figures.append(summarise(KEPT, subject, "/s", await client(["kept", str(5 * repetitions), *small])))
+        downloads = str(max(5, repetitions // 10))
+        figures.append(summarise(BULK_RATE, subject, "MB/s", await client(["bulk", downloads, *large])))
+        return figures
 
 
 @asynccontextmanager
@@ -149,7 +152,7 @@ def _samples(status: int, out: bytes, err: bytes) -> list[float]:
 
 
 async def _measure_proxy(proxy: Proxy, repetitions: int) -> list[Figure]:
-    if shutil.which(proxy.program) is None:
+    if _find(proxy.program) is None:
         return [missing(REQUESTS, proxy.name, "/s", f"not installed: {proxy.install}")]
     with tempfile.TemporaryDirectory(prefix="vallum-proxy-") as directory:
         argv = _prepare(proxy, Path(directory))
@@ -171,7 +174,14 @@ def _prepare(proxy: Proxy, directory: Path) -> list[str]:
     """Write its configuration; return its command line."""
     config = directory / "config"
     config.write_text(proxy.config.format(port=_PROXY_PORT), "ascii")
-    return [proxy.program, *(word.format(port=_PROXY_PORT, config=config, directory=directory) for word in proxy.argv)]
+    return [
+        _find(proxy.program) or proxy.program,
+        *(word.format(port=_PROXY_PORT, config=config, directory=directory) for word in proxy.argv),
+    ]
+
+
+def _find(program: str) -> str | None:
+    return shutil.which(program) or shutil.which(program, path=str(VENV_BIN))
 
 
 async def _listens(port: int) -> bool:

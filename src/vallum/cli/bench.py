@@ -31,7 +31,7 @@ _NOTES = {
         "subprocess.run has no walls at all: the floor",
     ],
     "gateway": [
-        "one client, one connection at a time; the server is a Python process",
+        "client and server are Python processes on the same processors as what is measured",
         "a relay decides and records nothing: the floor of a user-space gateway",
     ],
     "record": [
