@@ -44,7 +44,10 @@ def parse_size(text: str) -> int:
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--rules", "rules_file", metavar="FILE", help="Rule file (TOML).")
 @click.option(
-    "--allow", multiple=True, metavar="HOST[:PORT]", help="Grant a host, *.wildcard, address or CIDR. Repeatable."
+    "--allow",
+    multiple=True,
+    metavar="HOST[:PORT]",
+    help="Grant a host, *.wildcard, address, CIDR or @bundle. Repeatable.",
 )
 @click.option(
     "--containment",

@@ -59,6 +59,8 @@ class Want(msgspec.Struct, kw_only=True):
     ip: str = ""
     port: int | None = None
     """None: only its name was asked for."""
+    claims: set[str] = msgspec.field(default_factory=set)
+    """Names that the guest sent to an address without having asked for them: not evidence of whose it is."""
     protocols: set[str] = msgspec.field(default_factory=set)
     requests: set[Request] = msgspec.field(default_factory=set)
     count: int = 0
@@ -120,6 +122,7 @@ class _Fold:
         self.include_guarded = include_guarded
         self.wants: dict[tuple[str, int | None], Want] = {}
         self.refused: dict[tuple[str, str], Want] = {}
+        self.asked: set[str] = set()
 
     def take(self, event: Event) -> None:
         if isinstance(event, DnsQuery):
@@ -133,6 +136,7 @@ class _Fold:
         return state == ("denied" if self.source == "denied" else "opened")
 
     def take_query(self, event: DnsQuery) -> None:
+        self.asked.add(normalise_name(event.qname) or "")
         if self.source == "used" or event.verdict != "deny" or event.qtype not in {"A", "AAAA", "HTTPS"}:
             return
         name = normalise_name(event.qname)
@@ -146,13 +150,16 @@ class _Fold:
     def take_flow(self, event: Flow) -> None:
         if not self.wanted(event.state):
             return
-        name = normalise_name(event.dst_host) if event.dst_host else None
+        said = normalise_name(event.dst_host) if event.dst_host else None
+        name = said if said in self.asked else None
         rule = event.rule if event.state == "denied" else "default-deny"
         why = self.why_not(rule, name, event.dst_ip) or self.why_not_protocol(event)
         if why is not None:
             self.leave(f"{name or event.dst_ip}:{event.dst_port}", why, event, event.phase, event.rule)
             return
         want = self.want(name or "", "" if name else event.dst_ip, event.dst_port, event, event.phase, event.rule)
+        if said is not None and name is None:
+            want.claims.add(said)
         if event.protocol != "unknown":
             want.protocols.add(event.protocol)
 

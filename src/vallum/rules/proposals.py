@@ -180,6 +180,8 @@ def _grants(want: Want) -> list[Grant]:
     ports = [want.port] if want.port is not None else [443]
     if want.port is None:
         note = "only its name was asked for, so port 443 is a guess"
+    elif want.claims:
+        note = f"dialled without asking for a name, and called {', '.join(sorted(want.claims)[:3])} by the guest"
     usual = _usual(ports[0])
     seen = sorted(protocol for protocol in want.protocols if protocol not in {usual, "http2"})
     base = Grant(
@@ -206,7 +208,7 @@ def _grants(want: Want) -> list[Grant]:
         patterns = generalise(paths)
         more = f"{len(patterns) - MAX_PATHS} more paths were left out" if len(patterns) > MAX_PATHS else ""
         named = [*(["GET", "HEAD"] if "GET" in methods else []), *(method for method in methods if method != "GET")]
-        grants.append(msgspec.structs.replace(base, methods=named, paths=patterns[:MAX_PATHS], note=more))
+        grants.append(msgspec.structs.replace(base, methods=named, paths=patterns[:MAX_PATHS], note=more or note))
     return grants
 
 

@@ -110,6 +110,7 @@ def test_git_and_what_was_used(tale: Tale) -> None:
     opened = {"state": "opened", "verdict": "allow"}
     request(tale, 1, "GET", "git.example", "/r.git/info/refs?service=git-upload-pack", "research-web", **opened)
     request(tale, 1, "POST", "git.example", "/r.git/git-upload-pack", "research-web", **opened)
+    tale.ask(2, tale.start(2, ["x"]), "plain.example", verdict="allow", answers=["203.0.113.8"], rule="research-web")
     tale.permit(2, tale.start(2, ["x"]), "203.0.113.8", 80, "plain.example", out=1, inward=1, ms=1)
     assert told(tale.events).grants == []
     grants = told(tale.events, "used").grants
@@ -122,6 +123,8 @@ def test_what_is_left_out_says_why(tale: Tale) -> None:
     def deny(ip: str, port: int, rule: str = "default-deny", **more: Any) -> None:
         tale.deny(1, process, ip, port, rule, "", **more)
 
+    for name in ("git.example", "pool.example", "t.example", "front.example"):
+        tale.ask(1, process, name, verdict="allow", answers=["203.0.113.7"], rule="it")
     deny("169.254.169.254", 80, "metadata", protocol="http")
     deny("10.0.0.5", 443, "private-range", protocol="tls")
     deny("203.0.113.7", 22, protocol="ssh", host="git.example")
@@ -161,6 +164,16 @@ def test_what_is_left_out_says_why(tale: Tale) -> None:
         "169.254" in target or "metadata" in target or "evil" in target or "words" in target for target in targets
     )
     parse_ruleset(render(guarded), "x")
+
+
+def test_a_name_that_was_never_asked_for_is_only_a_claim(tale: Tale) -> None:
+    process = tale.start(1, ["x"])
+    tale.deny(1, process, "203.0.113.7", 443, "default-deny", "", host="good.example", protocol="tls")
+    tale.deny(1, process, "10.0.0.7", 443, "default-deny", "", host="good.example", protocol="tls")
+    found = told(tale.events)
+    assert [(grant.host, grant.cidr) for grant in found.grants] == [("", "203.0.113.7")]
+    assert "called good.example by the guest" in render(found)
+    assert [left.target for left in found.left_out] == ["10.0.0.7:443"]
 
 
 def test_the_incident_teaches_nothing_dangerous() -> None:
