@@ -13,7 +13,9 @@ import click
 import msgspec
 
 from vallum.agent.approval import MODES
+from vallum.agent.harness.catalog import HARNESSES
 from vallum.agent.limits import Limits
+from vallum.cli.agent_harness import run_harness
 from vallum.cli.agent_reference import EXIT_CODES, ReferenceOptions, run_reference, summarise
 from vallum.cli.run import print_summary
 from vallum.client.face import Node, Sandbox
@@ -26,10 +28,21 @@ WORK = "/work"
 
 
 @click.command()
+@click.option(
+    "--harness", type=click.Choice(sorted(HARNESSES)), help="Somebody else's agent, unmodified, instead of our own."
+)
+@click.option(
+    "--install", type=click.Choice(["host", "setup-phase"]), default="host", show_default=True,
+    help="Where --harness is installed: unpacked on the host once, or by the cell itself in its set-up phase.",
+)  # fmt: skip
 @click.option("--model-upstream", metavar="URL", help="Where the model is: http(s)://HOST[:PORT]/v1, or scripted:FILE.")
 @click.option(
     "--model", "model_name", default="default", show_default=True, metavar="NAME", help="Which model to ask for."
 )
+@click.option(
+    "--dialect", type=click.Choice(["same", "chat", "responses", "messages", "gemini"]),
+    help="What the upstream speaks [default: chat; with --harness the agent's own].",
+)  # fmt: skip
 @click.option("--credential", default="", metavar="NAME", help="Key for the upstream, from `vallum credentials`.")
 @click.option("--allow", multiple=True, metavar="HOST[:PORT]", help="Grant a host or @bundle to the agent. Repeatable.")
 @click.option("--rules", "rules_file", metavar="FILE", help="Rule file (TOML).")
@@ -66,7 +79,10 @@ def agent(places: Places, /, **options: Any) -> None:
 
     \b
     Exit codes: 0 submitted, 5 ended without (limits, model, format), 125 containment stopped it.
+    With --harness the agent's own; 124 when its time was up; 125 also when it cannot be installed.
     """
+    if options["harness"]:
+        sys.exit(asyncio.run(run_harness(places, options, make_model(options))))
     if not options["task"] and not options["resume"]:
         raise click.UsageError('say what to do: vallum agent "TASK"')
     if options["work"]:
@@ -95,10 +111,10 @@ def make_model(options: dict[str, Any]) -> Model:
     cost = options["max_cost"]
     return Model(
         upstream=upstream,
-        dialect="chat" if upstream not in ("scripted", "replay") else "same",
+        dialect=options["dialect"] or ("same" if options["harness"] or upstream in ("scripted", "replay") else "chat"),
         credential=options["credential"],
         script=script,
-        budget=ModelBudget(tokens=options["max_tokens"], usd_micros=None if cost is None else int(cost * 1e6)),
+        budget=ModelBudget(calls=options["max_turns"] if options["harness"] else None, tokens=options["max_tokens"], usd_micros=None if cost is None else int(cost * 1e6)),
     )
 
 
