@@ -114,7 +114,11 @@ def make_model(options: dict[str, Any]) -> Model:
         dialect=options["dialect"] or ("same" if options["harness"] or upstream in ("scripted", "replay") else "chat"),
         credential=options["credential"],
         script=script,
-        budget=ModelBudget(calls=options["max_turns"] if options["harness"] else None, tokens=options["max_tokens"], usd_micros=None if cost is None else int(cost * 1e6)),
+        budget=ModelBudget(
+            calls=options["max_turns"] if options["harness"] else None,
+            tokens=options["max_tokens"],
+            usd_micros=None if cost is None else int(cost * 1e6),
+        ),
     )
 
 
