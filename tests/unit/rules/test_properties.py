@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import posixpath
+import re
+import time
 from urllib.parse import unquote
 
 import msgspec
@@ -184,3 +186,23 @@ def test_no_path_gets_out_of_its_folder(text: str) -> None:
     for reading in (sent, unquote(sent), unquote(unquote(sent)), unquote(sent).replace("\\", "/")):
         resolved = posixpath.normpath(reading)
         assert resolved == "/pub" or resolved.startswith("/pub/"), (path, reading)
+
+
+@given(
+    st.lists(st.sampled_from(["/", "a", "b", "*", "**"]), max_size=9)
+    .map("".join)
+    .filter(lambda text: "***" not in text),
+    st.text(alphabet="/ab", max_size=9),
+)
+def test_patterns_mean_what_their_expression_means(pattern: str, path: str) -> None:
+    under, rest = (pattern[:-3], "(/.*)?") if pattern.endswith("/**") else (pattern, "")
+    expression = re.escape(under).replace(r"\*\*", ".*").replace(r"\*", "[^/]*") + rest
+    assert match_path(pattern, path) == bool(re.fullmatch(expression, path))
+
+
+def test_no_path_makes_a_pattern_slow() -> None:
+    began = time.process_time()
+    for pattern in ("/**/a/**/a/**/a/**/b", "/*a*a*a*a*b", "/**a**a**a**c/**"):
+        assert not match_path(pattern, "/" + "a" * 8000)
+        assert not match_path(pattern, "/a" * 4000)
+    assert time.process_time() - began < 2
