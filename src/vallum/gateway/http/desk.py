@@ -24,7 +24,9 @@ from vallum.gateway.http.judging import Judgement, judge
 from vallum.gateway.http.redaction import redact_target
 from vallum.gateway.kit import ServiceName
 from vallum.gateway.services import NoServiceError, make_service
+from vallum.gateway.spending import purse_of
 from vallum.gateway.tls.termination import HandshakeError
+from vallum.rules.budgets import Usage
 
 _GONE = Decision(verdict="deny", rule="internal-error", reason="the node did not answer, so nothing was sent")
 
@@ -98,6 +100,7 @@ class RequestDesk:
         try:
             if judgement.decision.verdict == "hold":
                 judgement = await self._hold(exchange, judgement, owner)
+            judgement = self._charge(judgement)
             exchange.head, exchange.decision = judgement.head, judgement.decision
             if judgement.decision.verdict != "allow":
                 await self._record("denied", exchange.id, exchange, judgement.decision, owner)
@@ -109,6 +112,14 @@ class RequestDesk:
             await exchange.refuse(_GONE, 503)
             return
         await self._serve(exchange, judgement, owner)
+
+    def _charge(self, judgement: Judgement) -> Judgement:
+        """Count an allowed request against the budget of its grant; denied when that is used up."""
+        if judgement.decision.verdict != "allow":
+            return judgement
+        usage = Usage(requests=1, request_bytes=judgement.head.length or 0)
+        denial = purse_of(self._carrier.cell).spend(judgement.rule, usage)
+        return judgement if denial is None else msgspec.structs.replace(judgement, decision=denial, status=429)
 
     async def _serve(self, exchange: Exchange, judgement: Judgement, owner: Owner) -> None:
         """Let a service answer what was recorded as opened; record its end whatever comes."""

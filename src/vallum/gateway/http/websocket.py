@@ -17,10 +17,10 @@ import contextlib
 import hashlib
 import secrets
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from vallum.gateway.http.canaries import CanaryScanner
-from vallum.gateway.http.exchange import Headers, RequestHead, Tally
+from vallum.gateway.http.canaries import CanaryScanner, FoundError
+from vallum.gateway.http.exchange import DeniedError, Headers, RequestHead, Tally
 from vallum.gateway.kit import Canary
 from vallum.gateway.stream import Stream
 
@@ -206,8 +206,12 @@ def apply_mask(data: bytes, mask: bytes, at: int = 0) -> bytes:
     return (int.from_bytes(data, "big") ^ int.from_bytes(repeated, "big")).to_bytes(len(data), "big")
 
 
-async def relay_frames(guest: Stream, server: Stream, canaries: Iterable[Canary], tally: Tally) -> None:
+async def relay_frames(
+    guest: Stream, server: Stream, canaries: Iterable[Canary], tally: Tally, spend: Callable[[int, int], None]
+) -> None:
     """Pass frames both ways until both sides ended. Counts messages and bytes in ``tally``.
+
+    ``spend`` is told of bytes out and in before they are sent; what it raises ends both ways.
 
     Raises:
         FrameError: one side sent what is no frame; nothing of it was sent on.
@@ -220,6 +224,7 @@ async def relay_frames(guest: Stream, server: Stream, canaries: Iterable[Canary]
         while data := await source.recv():
             ready = frames.feed(data)
             if ready:
+                spend(len(ready) if is_outward else 0, 0 if is_outward else len(ready))
                 await target.send(ready)
             if is_outward:
                 tally.bytes_out += len(ready)
@@ -245,5 +250,5 @@ async def relay_frames(guest: Stream, server: Stream, canaries: Iterable[Canary]
         for way in ways:
             way.cancel()
         for way in ways:
-            with contextlib.suppress(asyncio.CancelledError, OSError, FrameError):
+            with contextlib.suppress(asyncio.CancelledError, OSError, FrameError, FoundError, DeniedError):
                 await way

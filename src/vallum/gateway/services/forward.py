@@ -20,6 +20,8 @@ from vallum.gateway.http.exchange import Carrier, DeniedError, Exchange, Headers
 from vallum.gateway.http.redaction import Masker
 from vallum.gateway.http.websocket import FrameError, accept_of, check_key, relay_frames, without_extensions
 from vallum.gateway.kit import Credential, Kit
+from vallum.gateway.spending import purse_of
+from vallum.rules.budgets import Usage
 from vallum.rules.grants import Rule
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
@@ -163,7 +165,10 @@ class Forward:
             guest = await exchange.switch(answer.headers)
             server = upstream.switch()
             try:
-                await relay_frames(guest, server, kit.canaries, exchange.tally)
+                await relay_frames(
+                    *(guest, server, kit.canaries, exchange.tally),
+                    lambda out, into: self._spend(exchange, Usage(bytes_out=out, bytes_in=into)),
+                )
             except FoundError as error:
                 raise DeniedError(error.decision) from error
             except FrameError as error:
@@ -201,9 +206,18 @@ class Forward:
         await upstream.end_body()
 
     async def _send_piece(self, exchange: Exchange, upstream: Upstream, data: bytes) -> None:
-        if data:
-            await upstream.send_body(data)
-            exchange.tally.bytes_out += len(data)
+        if not data:
+            return
+        self._spend(exchange, Usage(bytes_out=len(data), request_bytes=exchange.tally.bytes_out + len(data)))
+        await upstream.send_body(data)
+        exchange.tally.bytes_out += len(data)
+
+    def _spend(self, exchange: Exchange, usage: Usage) -> None:
+        """Raises DeniedError when the budget of the request's grant is used up."""
+        cell = self._carrier.cell
+        denial = purse_of(cell).spend(cell.rules.find(exchange.decision.rule), usage)
+        if denial is not None:
+            raise DeniedError(denial)
 
     async def _pass_back(self, exchange: Exchange, upstream: Upstream, answer: ResponseHead, masker: Masker) -> None:
         if answer.status == 101:
@@ -211,6 +225,7 @@ class Forward:
         headers = tuple((name, masker.mask(value)) for name, value in answer.headers)
         await exchange.start(answer.status, headers, length=answer.length)
         async for piece in upstream.read_body():
+            self._spend(exchange, Usage(bytes_in=len(piece)))
             await exchange.send(masker.feed(piece))
         await exchange.send(masker.finish())
         await exchange.end()
