@@ -1,4 +1,4 @@
-/* A child of PID 1 on its way to become a guest's command, or to read or write one file as a guest user.
+/* A child of PID 1 on its way to become a guest's command (at once, or waiting for it), or to read or write one file as a guest user.
  *
  * Everything is resolved inside the cell's own tree, after becoming the user, so a symlink leads only where that user
  * could go by itself. Until execve it is not dumpable: other processes of that user cannot look into it.
@@ -14,9 +14,11 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/fsuid.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -84,7 +86,7 @@ static int close_above(unsigned first) {
 }
 
 static void take_streams(const struct command *c, uint32_t rows, uint32_t columns);
-static void use_streams(const int *theirs, int n);
+static void use_streams(const int *theirs, int n, int go);
 
 static void connect_streams(const struct command *c, uint32_t rows, uint32_t columns) {
     int ours[MAX_FDS], theirs[MAX_FDS], n = 0, mine = 0;
@@ -108,11 +110,11 @@ static void connect_streams(const struct command *c, uint32_t rows, uint32_t col
     for (uint32_t i = 0; i < c->extra; i++)
         make_pipe(i % 2 == 0, &ours[mine++], &theirs[n++]);
     hello(c, ours, mine);
-    use_streams(theirs, n);
+    use_streams(theirs, n, -1);
 }
 
-/* Descriptors 0 to n-1 of the command, and nothing else. */
-static void use_streams(const int *theirs, int n) {
+/* Descriptors 0 to n-1 of the command, and nothing else; with a socket to wait at, that one above the status pipe. */
+static void use_streams(const int *theirs, int n, int go) {
     for (int i = 0; i < n; i++)
         if (dup2(theirs[i], i) < 0)
             give_up(STAGE_SETUP, errno);
@@ -120,6 +122,8 @@ static void use_streams(const int *theirs, int n) {
     if (dup3(status_fd, n, O_CLOEXEC) < 0)
         give_up(STAGE_SETUP, errno);
     status_fd = n;
+    if (go >= 0 && dup3(go, ++n, O_CLOEXEC) < 0)
+        give_up(STAGE_SETUP, errno);
     if (close_above((unsigned)n + 1) < 0)
         give_up(STAGE_SETUP, errno);
 }
@@ -141,7 +145,7 @@ static void take_streams(const struct command *c, uint32_t rows, uint32_t column
     for (uint32_t i = 0; i < c->extra; i++)
         theirs[3 + i] = c->given[skip + (int)i];
     hello(c, NULL, 0);
-    use_streams(theirs, 3 + (int)c->extra);
+    use_streams(theirs, 3 + (int)c->extra, -1);
 }
 
 static const char *lookup(const char **env, const char *key) {
@@ -207,7 +211,15 @@ static void limit_descriptors(void) {
         give_up(STAGE_SETUP, errno);
 }
 
-static void spawn(const struct command *c, struct payload *p) {
+/* What is the same for every command. */
+static void raise_fork_wall(void) {
+    limit_descriptors();
+    if (install_fork_wall() < 0)
+        give_up(STAGE_SETUP, errno);
+}
+
+/* `waiting`: the user whom this child has made its pipes for, and has all but the command's own properties. */
+static void spawn(const struct command *c, struct payload *p, const struct user *waiting) {
     const char *wanted = take_str(p), *cwd = take_str(p);
     uint32_t rows = take_u32(p), columns = take_u32(p), argc, envc;
     const char **argv = take_list(p, &argc, 1 << 20), **given = take_list(p, &envc, 1 << 16);
@@ -217,21 +229,57 @@ static void spawn(const struct command *c, struct payload *p) {
     memcpy(env, given, envc * sizeof *env);
     struct user user;
     become(c, wanted, &user);
-    if (setsid() < 0)
-        give_up(STAGE_SETUP, errno);
-    connect_streams(c, rows, columns);
+    if (waiting && (user.uid != waiting->uid || user.gid != waiting->gid))
+        give_up(STAGE_STALE, EAGAIN); /* /etc/passwd says otherwise by now; nothing has run */
+    if (!waiting) {
+        if (setsid() < 0)
+            give_up(STAGE_SETUP, errno);
+        connect_streams(c, rows, columns);
+    }
     add_env(env, &envc, "HOME", user.home);
     add_env(env, &envc, "USER", user.name);
     add_env(env, &envc, "LOGNAME", user.name);
     if (chdir(cwd) < 0)
         give_up(STAGE_CWD, errno);
-    limit_descriptors();
-    if (install_fork_wall() < 0)
-        give_up(STAGE_SETUP, errno);
+    if (!waiting)
+        raise_fork_wall();
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     execute(argv, env);
+}
+
+/* Do all that does not depend on the command, hand out the pipes, and wait for the word (or for the end of who would say it).
+ * The pipes belong to the user that the command will be (programs open /dev/stdout), so this child has that one's id for files,
+ * and for nothing else: no guest can signal or trace it. */
+static void await_command(const struct command *c) {
+    static char word[MAX_WORD];
+    struct user user;
+    int ours[4], theirs[3], pair[2], err = find_user(c->user, &user);
+    if (err)
+        give_up(STAGE_USER, -err);
+    if (setsid() < 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
+        give_up(STAGE_SETUP, errno);
+    ours[0] = raise_fd(pair[0]);
+    int go = raise_fd(pair[1]);
+    if (ours[0] < 0 || go < 0 || fcntl(ours[0], F_SETFL, O_NONBLOCK) < 0)
+        give_up(STAGE_SETUP, errno);
+    setfsgid(user.gid), setfsuid(user.uid);
+    if (prctl(PR_SET_DUMPABLE, 0) < 0) /* as in become() */
+        give_up(STAGE_SETUP, errno);
+    for (int i = 0; i < 3; i++)
+        make_pipe(i == 0, &ours[i + 1], &theirs[i]);
+    hello(c, ours, 4);
+    use_streams(theirs, 3, go);
+    raise_fork_wall();
+    ssize_t got;
+    do
+        got = recv(4, word, sizeof word, 0);
+    while (got < 0 && errno == EINTR);
+    if (got <= 0)
+        _exit(0); /* not needed */
+    struct payload p = {.at = word, .end = word + got, .base = word, .size = (size_t)got};
+    spawn(c, &p, &user);
 }
 
 /* --- files --- */
@@ -346,7 +394,8 @@ void run_command(const struct command *given) {
     struct command c = *given;
     /* Out of the way of the numbers that the command's own descriptors will have. */
     c.control = fcntl(c.control, F_DUPFD_CLOEXEC, 400);
-    c.payload = fcntl(c.payload, F_DUPFD_CLOEXEC, 400);
+    if (c.op != I_PREPARE) /* that one's is the cgroup it was born in */
+        c.payload = fcntl(c.payload, F_DUPFD_CLOEXEC, 400);
     status_fd = fcntl(c.status, F_DUPFD_CLOEXEC, 400);
     int pipes[MAX_FDS];
     for (int i = 0; i < c.n_given; i++)
@@ -355,11 +404,13 @@ void run_command(const struct command *given) {
     c.given = pipes;
     if (c.control < 0 || c.payload < 0 || status_fd < 0 || close_range(3, 399, 0) < 0)
         _exit(1);
+    if (c.op == I_PREPARE)
+        await_command(&c);
     struct payload p = read_payload(c.payload);
     if (!p.at)
         give_up(STAGE_SETUP, errno);
     if (c.op == I_SPAWN)
-        spawn(&c, &p);
+        spawn(&c, &p, NULL);
     else if (c.op == I_READ)
         read_one(&c, &p);
     else if (c.op == I_CHECK)

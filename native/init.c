@@ -5,6 +5,10 @@
  * holds CAP_SETUID, CAP_SETGID and CAP_KILL of the cell's own user namespace only (and, not effective, what root of an
  * owner cell keeps: OWNER_CAPS).
  *
+ * It keeps one child waiting where the node asks for one (I_PREPARE): forked into the next step's cgroup, with all done that
+ * does not depend on the command, so that starting a command is one message from the node to that child and an execve.
+ * Until then it has the rights of PID 1 and none of a guest, holds nothing but its own pipes, and runs no guest's code.
+ *
  * A keeper (where cgroups cannot be had) is a fork that serves a socket in the same way and is a child subreaper, so
  * that whatever its commands leave running stays below it: lineage as a kernel fact.
  */
@@ -35,6 +39,8 @@ struct child {
 static struct child *children;
 static size_t n_children, room;
 static struct pollfd *polls;
+static struct message due; /* I_PREPARE that waits for the end of a child; its leaf, -1: none */
+static int due_leaf = -1;
 
 static void emit(int control, uint32_t op, uint32_t id, int32_t a, int32_t b, const int *fds, int count) {
     struct message m = {.op = op, .id = id, .a = a, .b = b};
@@ -74,17 +80,19 @@ static void start(int control, struct guard guard, const struct message *m, cons
         emit(control, E_FAILED, m->id, STAGE_CLONE, count < 1 ? EBADMSG : errno, NULL, 0);
         return;
     }
-    bool spawn = m->op == I_SPAWN;
-    if (spawn && (m->a & SPAWN_LEAF) && count > 1)
+    bool spawn = m->op == I_SPAWN, wants_leaf = m->op == I_PREPARE || (spawn && (m->a & SPAWN_LEAF));
+    if (m->op == I_PREPARE)
+        leaf = fds[0];
+    else if (wants_leaf && count > 1)
         leaf = fds[next++];
     struct clone_args args = {.exit_signal = SIGCHLD};
     if (leaf >= 0) {
         args.flags = CLONE_INTO_CGROUP;
         args.cgroup = (uint64_t)leaf;
     }
-    pid_t pid = (spawn && (m->a & SPAWN_LEAF) && leaf < 0) ? (errno = EBADMSG, -1) : fork_with(&args);
+    pid_t pid = (wants_leaf && leaf < 0) ? (errno = EBADMSG, -1) : fork_with(&args);
     if (pid == 0)
-        run_command(&(struct command){m->op, m->id, (uint32_t)m->a, (uint32_t)m->b, fds[0], control, status[1], guard, fds + 1, count - 1});
+        run_command(&(struct command){m->op, m->id, (uint32_t)m->a, (uint32_t)m->b, fds[0], control, status[1], m->text, guard, fds + 1, count - 1});
     int err = errno;
     close(status[1]);
     if (pid < 0) {
@@ -94,6 +102,36 @@ static void start(int control, struct guard guard, const struct message *m, cons
         return;
     }
     *child = (struct child){pid, m->id, status[0], false, false};
+}
+
+static void prepare_due(int control, struct guard guard) {
+    if (due_leaf < 0)
+        return;
+    start(control, guard, &due, &due_leaf, 1);
+    close(due_leaf);
+    due_leaf = -1;
+}
+
+/* Keep a child waiting for a command of the next step. With `a` only when a child ends: until then there is other work.
+ * Without a leaf: now, if it is still due. */
+static void prepare(int control, struct guard guard, const struct message *m, int *fds, int count) {
+    if (!count && !m->a) {
+        if (due.id == m->id)
+            prepare_due(control, guard);
+        return;
+    }
+    if (due_leaf >= 0)
+        close(due_leaf);
+    due_leaf = -1;
+    if (count != 1 || guard.given || guard.single_id) {
+        emit(control, E_FAILED, m->id, STAGE_CLONE, EBADMSG, NULL, 0);
+    } else if (m->a) {
+        due = *m;
+        due_leaf = fds[0];
+        fds[0] = -1; /* ours now */
+    } else {
+        start(control, guard, m, fds, count);
+    }
 }
 
 static void start_keeper(int control, struct guard guard, const struct message *m) {
@@ -158,8 +196,9 @@ static void stopped(int control, struct child *child) {
         kill(child->pid, SIGKILL);
 }
 
-static void reap(int control) {
+static void reap(int control, struct guard guard) {
     int status;
+    bool ended = false;
     pid_t pid;
     while ((pid = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0)
         for (size_t i = 0; i < n_children; i++) {
@@ -177,8 +216,11 @@ static void reap(int control) {
             if (!children[i].failed && !children[i].keeper)
                 emit(control, E_EXITED, children[i].id, status, 0, NULL, 0);
             children[i] = children[--n_children];
+            ended = true;
             break;
         }
+    if (ended)
+        prepare_due(control, guard);
 }
 
 static void signal_child(const struct message *m) {
@@ -228,18 +270,22 @@ void serve_cell(int control, struct guard guard) {
             struct signalfd_siginfo info[8];
             while (read(signals, info, sizeof info) > 0)
                 ;
-            reap(control);
+            reap(control, guard);
         }
         if (!control_events)
             continue;
         struct message m;
         int fds[MAX_FDS], count = MAX_FDS;
+        memset(m.text, 0, sizeof m.text);
         ssize_t got = recv_message(control, &m, sizeof m, fds, &count);
         if (got <= 0)
             _exit(0);
+        m.text[sizeof m.text - 1] = 0;
         if (got >= (ssize_t)HEAD) {
             if (m.op == I_SPAWN || m.op == I_READ || m.op == I_WRITE || m.op == I_CHECK)
                 start(control, guard, &m, fds, count);
+            else if (m.op == I_PREPARE)
+                prepare(control, guard, &m, fds, count);
             else if (m.op == I_SIGNAL)
                 signal_child(&m);
             else if (m.op == I_KILL && guard.given && count == 1)

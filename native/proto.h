@@ -17,6 +17,7 @@
 #define MAX_FDS 64
 #define MAX_TEXT 480
 #define MAX_PAYLOAD (512u << 20)
+#define MAX_WORD (64u << 10) /* of the message that a waiting child becomes a command by */
 #define WARDEN_UID 65535u /* PID 1's user inside a cell; no guest may have it */
 
 struct message {
@@ -28,10 +29,10 @@ struct message {
 
 enum launcher_op { L_CREATE = 1, L_CANCEL = 2, L_REMOVE = 3, L_SEAL = 4 };
 enum launcher_reply { L_READY = 1, L_FAILED = 2, L_REMOVED = 3, L_SEALED = 4 };
-enum init_op { I_SPAWN = 1, I_SIGNAL = 2, I_KEEPER = 3, I_READ = 4, I_WRITE = 5, I_CHECK = 20, I_KILL = 30 };
+enum init_op { I_SPAWN = 1, I_SIGNAL = 2, I_KEEPER = 3, I_READ = 4, I_WRITE = 5, I_PREPARE = 6, I_CHECK = 20, I_KILL = 30 };
 enum init_event { E_HELLO = 1, E_STARTED = 2, E_FAILED = 3, E_EXITED = 4, E_KEEPER = 5 };
 enum spawn_flag { SPAWN_LEAF = 1, SPAWN_PTY = 2 };
-enum stage { STAGE_CLONE = 1, STAGE_SETUP = 2, STAGE_USER = 3, STAGE_CWD = 4, STAGE_EXEC = 5, STAGE_FILE = 6 };
+enum stage { STAGE_CLONE = 1, STAGE_SETUP = 2, STAGE_USER = 3, STAGE_CWD = 4, STAGE_EXEC = 5, STAGE_FILE = 6, STAGE_STALE = 7 };
 enum door { DOOR_TCP4 = 1, DOOR_DNS4 = 2, DOOR_TCP6 = 4, DOOR_DNS6 = 8, DOOR_DIAG = 16, DOOR_PACKETS = 32, DOOR_TRACE = 64, DOOR_LOG = 128 };
 #define LANDLOCK_SHIFT 8                   /* above the doors in the same word: the Landlock ABI in force */
 enum spec_flag { SPEC_SINGLE_ID = 1, SPEC_OWNER = 2, SPEC_RUNTIME = 1024 };
@@ -121,6 +122,7 @@ struct command {
     uint32_t op, id;
     uint32_t flags, extra;                 /* of I_SPAWN */
     int payload, control, status;
+    const char *user;                      /* of I_PREPARE: whose the pipes will be */
     struct guard guard;
     const int *given;                      /* with guard.given: our ends of its pipes, from the node */
     int n_given;

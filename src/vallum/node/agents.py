@@ -40,7 +40,6 @@ from vallum.gateway.names import service_at
 from vallum.gateway.wire import CloseSteps, OpenSteps, ProposedCall, StopAgent
 from vallum.node.arguments import shorten_json
 from vallum.node.calltext import find_calls, read_texts
-from vallum.sandbox.traced import TracedCell
 from vallum.sensors import procfs
 
 if TYPE_CHECKING:
@@ -357,7 +356,7 @@ class AgentSteps:
 
     def _tell_apart(self, pid: int, place: int, pool: Pool) -> int | None:
         """The call whose text the child runs: it is put into that step, with what it has started. None: not known."""
-        if isinstance(self.live.cell, TracedCell) or self.is_runtime(pid):
+        if self.live.traced is not None or self.is_runtime(pid):
             return None
         stat = procfs.read_stat(pid)
         if stat is None or stat.ppid != pool.runtime.pid or not self.is_runtime(stat.ppid):
@@ -388,7 +387,7 @@ class AgentSteps:
         return family
 
     def _start_of(self, pid: int) -> int | None:
-        if isinstance(self.live.cell, TracedCell):
+        if self.live.traced is not None:
             return 0 if self.live.cell.step_of_pid(pid)[0] is not None else None
         stat = procfs.read_stat(pid)
         return stat.start_ticks if stat is not None and not (stat.is_dead and not procfs.is_alive(pid)) else None

@@ -16,6 +16,7 @@ from vallum.core.scope import BY_NODE, Attribution, Scope
 from vallum.node.agents import AgentSteps
 from vallum.node.recorder import RunBook
 from vallum.sandbox.base import Cell, Child, Usage
+from vallum.sandbox.traced import TracedCell
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class Step:
     """Opened for several commands; closed by its opener."""
     exit_code: int | None = None
     is_open: bool = True
+    ended_ns: int | None = None
+    """When it was to be closed; the record says so a moment later."""
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Shell:
 
 
 RECENT_NS = 2_000_000_000
+CLOSE_AFTER_S = 0.001
+"""How long the record of a step's end may wait for a pause of the node."""
 
 
 class StepWatcher(Protocol):
@@ -91,6 +96,8 @@ class LiveCell:
     ) -> None:
         self._watcher = watcher
         self.cell = cell
+        self.traced: TracedCell | None = cell if isinstance(cell, TracedCell) else None
+        """The cell, where it has a kernel of its own."""
         self.book = book
         self.episode = episode
         self.client = client
@@ -100,6 +107,7 @@ class LiveCell:
         self.shells: dict[str, Shell] = {}
         self.steps: dict[int, Step] = {}
         self._due: list[Step] = []
+        self._closing: asyncio.TimerHandle | None = None
         self.contained: str | None = None
         """Why containment ended it."""
         self.is_closing = False
@@ -133,7 +141,8 @@ class LiveCell:
 
     async def begin_step(self, cause: str, tool_call: str | None, *, is_block: bool) -> tuple[Step, AnyEvent]:
         """Make the next step, and the event that has to be recorded before anything runs in it."""
-        self.settle()
+        if self._due:  # the node has time for it as soon as this step's command runs
+            asyncio.get_running_loop().call_soon(self.close_due)
         if tool_call is not None and len(tool_call) > MAX_TOOL_CALL_CHARS:
             raise InvalidInput(
                 f"a tool call id of {len(tool_call)} characters is too long: at most {MAX_TOOL_CALL_CHARS}"
@@ -170,19 +179,30 @@ class LiveCell:
         return found, []
 
     def close_step_soon(self, step: Step) -> None:
-        """End a step when the loop turns next: after the answer of its command has been sent, and before any request
-        that comes in answer to that is looked at."""
+        """End a step, and say so in the record a moment later: when its command has been answered, and the next one, if it
+        comes at once, has been started. Any other request finds it in the record (:meth:`close_due`)."""
         step.is_open = False
+        step.ended_ns = clock.mono_ns()
         if not self._due:
-            asyncio.get_running_loop().call_soon(self._close_due)
+            self._closing = asyncio.get_running_loop().call_later(CLOSE_AFTER_S, self.close_due)
         self._due.append(step)
 
     def settle(self) -> None:
-        """Close the steps that are to be closed soon, now."""
+        """Close the steps that are to be closed soon, now.
+
+        Raises:
+            RecordError: it could not be recorded.
+        """
+        if self._closing is not None:
+            self._closing.cancel()
+            self._closing = None
         while self._due:
             self.close_step(self._due.pop(0))
 
-    def _close_due(self) -> None:
+    def close_due(self) -> None:
+        """:meth:`settle`, for those who cannot do anything about an error."""
+        if not self._due:
+            return
         try:
             self.settle()
         except VallumError as error:
@@ -205,7 +225,7 @@ class LiveCell:
             mono_ns=now,
             scope=self.scope(step.index),
             attribution=BY_NODE,
-            duration_ns=now - step.opened_ns,
+            duration_ns=(step.ended_ns or now) - step.opened_ns,
             exit_code=step.exit_code,
             cpu_ns=usage.cpu_ns,
             memory_peak_bytes=usage.memory_peak_bytes,

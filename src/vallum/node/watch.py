@@ -13,7 +13,6 @@ from vallum.node.live import LiveCell
 from vallum.node.questions import Questions
 from vallum.node.recorder import Recorder
 from vallum.sandbox.base import Usage
-from vallum.sandbox.traced import TracedCell
 from vallum.sensors.attribution import Answer, SocketAttributor
 from vallum.sensors.gvisor_trace import GvisorTrace
 from vallum.sensors.nflog import NflogReader
@@ -74,15 +73,16 @@ class Watch:
         """Watch a cell from before its first command."""
         cell, scope = live.cell, live.scope()
         self._by_scope[live.book.run, live.episode] = live
-        if isinstance(cell, TracedCell):
-            traced: TracedCell = cell
-            cell.listen(self._traced.watch(cell.id, scope, lambda: traced.dropped))
+        traced = live.traced
+        if traced is not None:
+            traced.listen(self._traced.watch(cell.id, scope, lambda: traced.dropped))
         else:
             self._watch_host(live, scope)
         if cell.doors.packets is not None:
             reader = self._packets[cell.id] = NflogReader(self, cell.id, cell.doors.packets, scope, self)
             reader.start()
         self._resources.watch(cell.id, cell.usage, live.scope)
+        cell.expect_command(len(live.steps))
 
     def _watch_host(self, live: LiveCell, scope: Scope) -> None:
         """A cell whose processes are the host kernel's: that one tells of them."""
@@ -95,8 +95,8 @@ class Watch:
 
     def _drain(self, live: LiveCell) -> None:
         """Take what a cell's own kernel has told so far."""
-        if isinstance(live.cell, TracedCell):
-            live.cell.drain()
+        if live.traced is not None:
+            live.traced.drain()
 
     def remove(self, live: LiveCell) -> None:
         """Forget a cell, after taking what was still on its way."""

@@ -186,6 +186,13 @@ class Cell(Protocol):
         """Make room to charge for ``step`` and return the cgroup v2 id (inode), None under lineage."""
         ...
 
+    def expect_command(self, step: int) -> None:
+        """A command of ``step``, the next one, is to be expected: make ready what can be. May do nothing.
+
+        Preconditions: whoever watches the cell's processes does so already: one may be made now that becomes the command.
+        """
+        ...
+
     async def spawn(self, command: Command, *, step: int) -> Child:
         """Start ``command`` inside the cell, in the cgroup of ``step`` from its first instruction.
 

@@ -52,8 +52,8 @@ class CellGroup(Protocol):
         """A fresh leaf charged to ``step``."""
         ...
 
-    def prepare_leaf(self, step: int) -> None:
-        """Do now what the next :meth:`open_leaf` of ``step`` would do, as far as it can be done before; may do nothing."""
+    def prepare_leaf(self, step: int) -> Leaf | None:
+        """The leaf that the first :meth:`open_leaf` of ``step`` will open; None where none can be made before, or it is open."""
         ...
 
     def move(self, pid: int, step: int) -> None:

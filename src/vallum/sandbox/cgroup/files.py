@@ -17,6 +17,8 @@ from pathlib import Path
 
 from vallum.core.errors import SandboxError
 
+_PIECE = 2048
+
 
 def read_text(path: str, *, dir_fd: int | None = None) -> str:
     """Content of a control file.
@@ -26,10 +28,11 @@ def read_text(path: str, *, dir_fd: int | None = None) -> str:
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=dir_fd)
     try:
-        parts = []
-        while part := os.read(fd, 65536):
-            parts.append(part)
-        return b"".join(parts).decode("ascii", "replace")
+        data = part = os.read(fd, 65536)
+        # The kernel gives whole lines, and a page of them in one piece: what is well below a page is all.
+        while len(part) > _PIECE and (part := os.read(fd, 65536)):
+            data += part
+        return data.decode("ascii", "replace")
     finally:
         os.close(fd)
 

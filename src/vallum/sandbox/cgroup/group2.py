@@ -100,12 +100,16 @@ class V2Group:
             files.write_text(f"{self._path}/{leaf.name}/cgroup.freeze", "1")
         return Leaf(cgroup_id=leaf.id, fd=leaf.fd)
 
-    def prepare_leaf(self, step: int) -> None:
+    def prepare_leaf(self, step: int) -> Leaf | None:
         """See the contract."""
         if not self._settled:
             self._settle()
-        if step not in self._ready and step not in self._newest:
-            self._ready[step] = self._make_leaf(step)
+        if step in self._newest:
+            return None
+        leaf = self._ready.get(step)
+        if leaf is None:
+            leaf = self._ready[step] = self._make_leaf(step)
+        return Leaf(cgroup_id=leaf.id, fd=leaf.fd)
 
     def _make_leaf(self, step: int) -> _Leaf:
         count = self._count.get(step, 0)

@@ -69,13 +69,14 @@ def parse_membership(text: str, controller: str = "") -> str | None:
 
     None when there is no such line. A removed cgroup keeps its name, without the ``(deleted)`` mark.
     """
+    if not controller:
+        # Names of cgroups have no newline, so this begins a line.
+        _, found, rest = ("\n" + text).rpartition("\n0::")
+        return rest.partition("\n")[0].removesuffix(" (deleted)") if found else None
     for line in text.splitlines():
         parts = line.split(":", 2)
-        if len(parts) != 3:
-            continue
-        _, controllers, path = parts
-        if controller in controllers.split(",") and (controller or parts[0] == "0"):
-            return path.removesuffix(" (deleted)")
+        if len(parts) == 3 and controller in parts[1].split(","):
+            return parts[2].removesuffix(" (deleted)")
     return None
 
 

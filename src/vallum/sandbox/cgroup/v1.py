@@ -74,8 +74,9 @@ class V1Group:
         """See the contract."""
         self._put(pid, "init")
 
-    def prepare_leaf(self, step: int) -> None:
-        """See the contract. Nothing: a command waits for PID 1's visit to the leaf much longer than for the leaf."""
+    def prepare_leaf(self, step: int) -> Leaf | None:
+        """See the contract. None: a command waits for PID 1's visit to the leaf much longer than for the leaf."""
+        return None
 
     def step_of_cgroup(self, cgroup_id: int) -> int | None:
         """None: v1 groups have no id that the kernel stamps on anything."""

@@ -179,7 +179,7 @@ class GvisorCell(NsCell):
         if command.pty:
             child = GvisorChild(job.pid, ours[0], ours[0], None, ours[1:], job=job)
             child.sizes = streams.sizes
-            job.ended.add_done_callback(lambda _: streams.close_sizes())
+            job.ended.then(streams.close_sizes)
             return child
         return GvisorChild(job.pid, ours[0], ours[1], ours[2], ours[3:], job=job)
 

@@ -269,10 +269,16 @@ class NsBackend:
         except OSError as error:
             raise SandboxError(f"the cell's directory {place.directory} cannot be made: {error.strerror}") from error
         if self._driver is not None:
-            place.group = self._driver.make(spec.id, spec.limits)
+            place.group = self._driver.make(spec.id, self._leave_room(spec.limits, place))
             if place.base is not None:
                 place.group.delegate(place.base + wire.WARDEN_UID)
         return layers
+
+    def _leave_room(self, limits: Limits, place: Place) -> Limits:
+        """One process more, for the child that waits to become the next command (not in rootless cells)."""
+        if limits.pids is None or place.base is None or self.level != NsBackend.level:
+            return limits
+        return msgspec.structs.replace(limits, pids=limits.pids + 1)
 
     async def _build(self, spec: CellSpec, place: Place, layers: list[wire.PlacedLayer]) -> NsCell:
         group = place.group

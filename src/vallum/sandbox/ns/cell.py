@@ -18,9 +18,12 @@ import struct
 import termios
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
+
+import msgspec
 
 from vallum.core.errors import CellGone, GuestFileError, InvalidInput, SandboxError
 from vallum.core.text import keep
@@ -29,6 +32,7 @@ from vallum.sandbox.cgroup.base import Leaf
 from vallum.sandbox.ns import wire
 from vallum.sandbox.ns.channel import Channel, close_all, make_payload
 from vallum.sandbox.ns.explain import explain_file, explain_spawn
+from vallum.sandbox.ns.jobs import Failure, Job, Outcome, Waiting
 from vallum.sandbox.ns.lineage import Keeper
 from vallum.sandbox.ns.steps import GroupSteps, LineageSteps, Steps
 
@@ -39,36 +43,11 @@ _CHUNK = 1 << 20
 _END_WITHIN_S = 10.0
 
 
-@dataclass
-class _Failure:
-    stage: int
-    number: int
-
-
-@dataclass
-class _Job:
-    """One child of PID 1 (or of a keeper), from the request until its exit."""
-
-    id: int
-    channel: Channel
-    begun: asyncio.Future[_Failure | None]
-    ended: asyncio.Future[_Failure | int]
-    told: asyncio.Future[None]
-    pid: int = 0
-    fds: list[int] = field(default_factory=list)
-    """Ours to close until somebody takes them."""
-
-    def take_fds(self) -> list[int]:
-        """Hand them over."""
-        taken, self.fds = self.fds, []
-        return taken
-
-
 @dataclass(eq=False)
 class NsChild(Child):
     """A running command of this level."""
 
-    job: _Job | None = None
+    job: Job | None = None
 
 
 class NsCell:
@@ -99,8 +78,9 @@ class NsCell:
         self._clean_up = clean_up
         self._seal = seal
         self._sealing = asyncio.Lock()
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, Job] = {}
         self._serial = 0
+        self._waiting: Waiting | None = None
         self._killing: asyncio.Task[int] | None = None
         self._closing: asyncio.Task[int] | None = None
         self._by_group = steps
@@ -129,10 +109,56 @@ class NsCell:
         """Make ready what the first step will need."""
         self._prepare_step(0)
 
-    def _prepare_step(self, step: int) -> None:
-        if self._by_group is not None and self._control.is_open:
-            with contextlib.suppress(SandboxError):  # whoever needs it will be told
-                self._by_group.prepare(step)
+    def expect_command(self, step: int) -> None:
+        """See the contract."""
+        self._prepare_child(step, self._spec.image.user, later=False)
+
+    def _prepare_step(self, step: int) -> Leaf | None:
+        if self._by_group is None or not self._control.is_open:
+            return None
+        try:
+            return self._by_group.prepare(step)
+        except SandboxError:
+            return None  # whoever needs it will be told
+
+    def _prepare_child(self, step: int, user: str, *, later: bool) -> None:
+        """Have PID 1 keep a child waiting in the leaf of ``step``; ``later``: from the next end of a child on."""
+        if self._waiting is not None and self._waiting.step == step and not self._waiting.job.ended.done():
+            return
+        leaf = self._prepare_step(step)
+        # In a rootless cell guests are of PID 1's user, and could stop or end it.
+        if leaf is None or leaf.fd is None or self.rootless or len(user) > wire.MAX_USER:
+            return
+        self._dismiss_waiting()
+        job = self._new_job(self._control)
+        with contextlib.suppress(CellGone):
+            self._send(self._control, wire.Message(wire.I_PREPARE, job.id, int(later), text=user), [leaf.fd])
+            self._waiting = Waiting(job, step, user)
+
+    def _dismiss_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._jobs.pop(waiting.job.id, None)
+            waiting.dismiss()
+
+    async def _take_waiting(self, step: int, user: str, payload: bytes) -> Job | None:
+        """The waiting child, which is the command now."""
+        waiting = self._waiting
+        if waiting is not None and waiting.step == step and not waiting.job.told.done():
+            self._control.read_now()
+            if not waiting.job.told.done():
+                self._send(self._control, wire.Message(wire.I_PREPARE, waiting.job.id))
+                await self._own(waiting.job, waiting.job.told)
+            waiting = self._waiting
+        if waiting is None or not waiting.is_for(step, user) or len(payload) > wire.MAX_WORD:
+            return None
+        if self._by_group is not None:
+            self._by_group.leaf(step)  # open from now on: it was only prepared
+        self._waiting = None
+        if waiting.give(payload):
+            return waiting.job
+        self._jobs.pop(waiting.job.id, None)
+        return None
 
     async def move(self, child: Child, *, step: int) -> None:
         """See the contract."""
@@ -147,7 +173,8 @@ class NsCell:
     async def kill_step(self, step: int, *, spare: Child | None = None) -> int:
         """See the contract."""
         self._check_alive()
-        return await self._steps.kill(step, spare.pid if spare is not None else None)
+        ours = self._count_waiting(step)
+        return max(0, await self._steps.kill(step, spare.pid if spare is not None else None) - ours)
 
     async def freeze(self, *, step: int | None = None) -> None:
         """See the contract."""
@@ -161,7 +188,14 @@ class NsCell:
 
     def pids(self, step: int | None = None) -> list[int]:
         """See the contract."""
-        return self._steps.pids(step)
+        pids = self._steps.pids(step)
+        if self._waiting is not None and self._waiting.job.pid in pids:
+            pids.remove(self._waiting.job.pid)
+        return pids
+
+    def _count_waiting(self, step: int | None) -> int:
+        waiting = self._waiting
+        return int(waiting is not None and waiting.job.pid > 0 and step in (None, waiting.step))
 
     def step_of_pid(self, pid: int) -> tuple[int | None, str, float]:
         """See the contract."""
@@ -173,7 +207,10 @@ class NsCell:
 
     def usage(self, step: int | None = None) -> Usage:
         """See the contract."""
-        return self._steps.usage(step)
+        usage = self._steps.usage(step)
+        if usage.pids and (ours := self._count_waiting(step)):
+            return msgspec.structs.replace(usage, pids=usage.pids - ours)
+        return usage
 
     # ------------------------------------------------------------------ commands
 
@@ -191,12 +228,16 @@ class NsCell:
             rows=command.rows,
             columns=command.columns,
         )
-        flags = wire.SPAWN_PTY if command.pty else 0
-        if self._by_lineage is not None:
-            job = self._request(wire.I_SPAWN, payload, channel=await self._keeper(step), a=flags, b=command.extra_pipes)
-        else:
-            job = await self._request_in_leaf(payload, step, flags, command.extra_pipes)
+        is_plain = not command.pty and not command.extra_pipes
+        job = await self._take_waiting(step, user, payload) if is_plain else None
+        asyncio.get_running_loop().call_soon(partial(self._prepare_child, step + 1, user, later=True))
+        if job is None:
+            job = await self._ask_for_command(payload, step, command)
         failure = await self._own(job, job.begun)
+        if failure is not None and failure.stage == wire.STAGE_STALE:
+            close_all(job.take_fds())
+            job = await self._ask_for_command(payload, step, command)
+            failure = await self._own(job, job.begun)
         fds = job.take_fds()
         if failure is not None:
             close_all(fds)
@@ -208,7 +249,13 @@ class NsCell:
             return NsChild(job.pid, fds[0], fds[0], None, fds[1:], job=job)
         return NsChild(job.pid, fds[0], fds[1], fds[2], fds[3:], job=job)
 
-    async def _request_in_leaf(self, payload: bytes, step: int, flags: int, extra: int) -> _Job:
+    async def _ask_for_command(self, payload: bytes, step: int, command: Command) -> Job:
+        flags = wire.SPAWN_PTY if command.pty else 0
+        if self._by_lineage is None:
+            return await self._request_in_leaf(payload, step, flags, command.extra_pipes)
+        return self._request(wire.I_SPAWN, payload, channel=await self._keeper(step), a=flags, b=command.extra_pipes)
+
+    async def _request_in_leaf(self, payload: bytes, step: int, flags: int, extra: int) -> Job:
         group = self._by_group
         assert group is not None
         leaf: Leaf = group.leaf(step)
@@ -228,8 +275,8 @@ class NsCell:
         job = child.job if isinstance(child, NsChild) else None
         if job is None:
             raise InvalidInput("this child is not one of this cell")
-        status = await asyncio.shield(job.ended)
-        if isinstance(status, _Failure):
+        status = await job.ended.wait()
+        if isinstance(status, Failure):
             raise SandboxError("the command did not start")
         if os.WIFSIGNALED(status):
             return Exit(signal=os.WTERMSIG(status))
@@ -277,9 +324,9 @@ class NsCell:
         job = self._request(wire.I_WRITE, wire.encode_write(user=who, path=full, mode=mode, data=data))
         await self._until_done(job, verb="written", path=full, user=who)
 
-    async def _until_done(self, job: _Job, *, verb: str, path: str, user: str) -> None:
+    async def _until_done(self, job: Job, *, verb: str, path: str, user: str) -> None:
         status = await self._own(job, job.ended)
-        if isinstance(status, _Failure):
+        if isinstance(status, Failure):
             raise explain_file(status.stage, status.number, verb=verb, path=path, user=user)
         if status != 0:
             raise GuestFileError(
@@ -297,7 +344,7 @@ class NsCell:
         """
         job = self._request(wire.I_CHECK, wire.encode_check(user=self._spec.image.user))
         status = await self._own(job, job.ended)
-        if isinstance(status, _Failure) or not os.WIFEXITED(status):
+        if isinstance(status, Failure) or not os.WIFEXITED(status):
             raise SandboxError(
                 "the walls of a cell could not be tried: the child that tries them did not come to its end"
             )
@@ -399,9 +446,9 @@ class NsCell:
             channel.close()
         for job in list(self._jobs.values()):
             close_all(job.take_fds())
-            _refuse(job.told, self._why_gone())
-            _refuse(job.begun, self._why_gone())
-            _refuse(job.ended, self._why_gone())
+            job.told.refuse(self._why_gone())
+            job.begun.refuse(self._why_gone())
+            job.ended.refuse(self._why_gone())
         self._jobs.clear()
         for due in self._keepers.values():
             _refuse(due, self._why_gone())
@@ -442,14 +489,9 @@ class NsCell:
         b: int = 0,
         leaf: int | None = None,
         more: Sequence[int] = (),
-    ) -> _Job:
-        self._serial = self._serial % 0xFFFFFFF0 + 1
-        loop = asyncio.get_running_loop()
-        job = _Job(
-            self._serial, channel or self._control, loop.create_future(), loop.create_future(), loop.create_future()
-        )
+    ) -> Job:
         fd = make_payload(payload)
-        self._jobs[job.id] = job
+        job = self._new_job(channel or self._control)
         try:
             self._send(job.channel, wire.Message(op, job.id, a, b), [fd, *([] if leaf is None else [leaf]), *more])
         except BaseException:
@@ -459,22 +501,27 @@ class NsCell:
             os.close(fd)
         return job
 
+    def _new_job(self, channel: Channel) -> Job:
+        self._serial = self._serial % 0xFFFFFFF0 + 1
+        job = self._jobs[self._serial] = Job(self._serial, channel)
+        return job
+
     def _send(self, channel: Channel, message: wire.Message, fds: list[int] | None = None) -> None:
         try:
             channel.send(message, fds or ())
         except BrokenPipeError:
             raise self._why_gone() from None
 
-    async def _own(self, job: _Job, future: asyncio.Future[_T]) -> _T:
+    async def _own(self, job: Job, outcome: Outcome[_T]) -> _T:
         """Wait for a stage of a job; when the waiter is cancelled nobody owns it, so it must not run on."""
         try:
-            return await asyncio.shield(future)
+            return await outcome.wait()
         except asyncio.CancelledError:
-            job.begun.add_done_callback(lambda _: self._abandon(job))
+            job.begun.then(lambda: self._abandon(job))
             self._abandon(job)
             raise
 
-    def _abandon(self, job: _Job) -> None:
+    def _abandon(self, job: Job) -> None:
         close_all(job.take_fds())
         if not job.ended.done() and job.channel.is_open:
             with contextlib.suppress(BrokenPipeError):
@@ -493,19 +540,23 @@ class NsCell:
                 )
         elif message.op == wire.E_HELLO:
             job.pid, job.fds = pid, fds
-            _settle(job.told, None)
+            job.told.settle(None)
         elif message.op == wire.E_STARTED:
-            _settle(job.told, None)
-            _settle(job.begun, None)
+            job.told.settle(None)
+            job.begun.settle(None)
         elif message.op == wire.E_FAILED:
-            failure = _Failure(message.a, message.b)
-            _settle(job.told, None)
-            _settle(job.begun, failure)
-            _settle(job.ended, failure)
-            del self._jobs[job.id]
+            failure = Failure(message.a, message.b)
+            job.told.settle(None)
+            job.begun.settle(failure)
+            self._end_job(job, failure)
         elif message.op == wire.E_EXITED:
-            _settle(job.ended, message.a)
-            del self._jobs[job.id]
+            self._end_job(job, message.a)
+
+    def _end_job(self, job: Job, how: Failure | int) -> None:
+        job.ended.settle(how)
+        del self._jobs[job.id]
+        if self._waiting is not None and self._waiting.job is job:
+            self._dismiss_waiting()
 
     async def _keeper(self, step: int) -> Channel:
         due = self._keepers.get(step)

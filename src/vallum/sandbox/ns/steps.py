@@ -85,9 +85,9 @@ class GroupSteps:
         self._leaves[step] = (leaf, time.monotonic())
         return leaf
 
-    def prepare(self, step: int) -> None:
+    def prepare(self, step: int) -> Leaf | None:
         """Make ready what the first command of a step will need."""
-        self._group.prepare_leaf(step)
+        return self._group.prepare_leaf(step)
 
     def visit(self, step: int) -> None:
         """cgroup v1: put PID 1 into the step, so that what it forks now is born there."""
