@@ -18,6 +18,7 @@ import errno
 import socket
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.errors import ControlMissing, RecordError
@@ -34,8 +35,9 @@ _BATCH = 256
 _AHEAD = 64
 """Batches that are looked through for a further exec of one process."""
 _LINGER_S = 0.05
-_EXITS_LATER_S = 0.002
-"""How long an end may wait, so that whoever waits for the command's result is answered before its end is looked into."""
+_PUT_OFF_S = 0.002
+"""How long an end, or the fork of a child that waits for its command, may wait to be looked into: whoever waits for the result
+of a command is answered first. Nothing perishes meanwhile: the end is in the event, and such a child does not end by itself."""
 _RECOVER_EVERY_S = 1.0
 _LINEAGE = 0.8
 """Confidence of a step that is a live parent's: the parent may have been moved between fork and reading."""
@@ -76,13 +78,16 @@ class ProcConnector:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._members: dict[int, _Member] = {}
         self._cells: dict[str, _Watched] = {}
+        self._roots: set[int] = set()
         self._linger: asyncio.TimerHandle | None = None
         self._recovery: asyncio.TimerHandle | None = None
         self._recovered_at = float("-inf")
         self._ahead: deque[ProcEvent] = deque()
         """Told by the kernel, not looked at yet."""
-        self._exits: list[Exit] = []
-        self._exits_due: asyncio.TimerHandle | None = None
+        self._put_off: list[Fork | Exit] = []
+        """In the order in which they happened."""
+        self._put_off_pids: set[int] = set()
+        self._put_off_due: asyncio.TimerHandle | None = None
         self.dropped = 0
         self.malformed = 0
 
@@ -100,10 +105,11 @@ class ProcConnector:
         """Stop listening and forget every cell."""
         for cell in list(self._cells):
             self.unwatch(cell)
-        for timer in filter(None, (self._linger, self._recovery, self._exits_due)):
+        for timer in filter(None, (self._linger, self._recovery, self._put_off_due)):
             timer.cancel()
-        self._linger = self._recovery = self._exits_due = None
-        self._exits.clear()
+        self._linger = self._recovery = self._put_off_due = None
+        self._put_off.clear()
+        self._put_off_pids.clear()
         if self._socket is not None and self._loop is not None:
             self._loop.remove_reader(self._socket)
             close_connector(self._socket)
@@ -118,6 +124,7 @@ class ProcConnector:
         """
         watched = _Watched(root_pid, scope, procfs.read_uid_map(root_pid))
         self._cells[cell] = watched
+        self._roots.add(root_pid)
         self._adopt(root_pid, cell, scope, BY_NODE)
         if not is_new:
             try:
@@ -129,7 +136,10 @@ class ProcConnector:
     def unwatch(self, cell: str) -> None:
         """Forget the cell. Events of its processes that come later are nobody's."""
         watched = self._cells.pop(cell, None)
-        for pid in watched.pids if watched else ():
+        if watched is None:
+            return
+        self._roots.discard(watched.root)
+        for pid in watched.pids:
             self._members.pop(pid, None)
 
     def execs_of(self, pid: int) -> int:
@@ -143,7 +153,7 @@ class ProcConnector:
         for _ in range(64):
             if self._socket is None or not self._read():
                 break
-        self._take_exits()
+        self._take_put_off()
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -163,14 +173,18 @@ class ProcConnector:
         is_more = self._fill()
         while self._ahead:
             event = self._ahead.popleft()
-            if isinstance(event, Exit):
-                if event.pid in self._members:
-                    self._put_off(event)
+            if self._may_wait(event):
+                self._defer(event)
                 continue
-            if self._exits and isinstance(event, Fork):
-                self._take_exits()  # in the order in which they happened: the number may be used again
+            if self._put_off and not self._put_off_pids.isdisjoint(_pids_of(event)):
+                self._take_put_off()  # in the order in which they happened: a number may be used again
             self._take_safely(event)
         return is_more
+
+    def _may_wait(self, event: ProcEvent) -> TypeGuard[Fork | Exit]:
+        if isinstance(event, Exit):
+            return event.pid in self._members or event.pid in self._put_off_pids
+        return isinstance(event, Fork) and event.parent in self._roots
 
     def _fill(self) -> bool:
         """Put at most a batch of what the kernel has told into the queue; whether there may be more."""
@@ -197,17 +211,19 @@ class ProcConnector:
                 self.malformed += 1
         return True
 
-    def _put_off(self, event: Exit) -> None:
-        self._exits.append(event)
-        if self._exits_due is None and self._loop is not None:
-            self._exits_due = self._loop.call_later(_EXITS_LATER_S, self._take_exits)
+    def _defer(self, event: Fork | Exit) -> None:
+        self._put_off.append(event)
+        self._put_off_pids.update(_pids_of(event))
+        if self._put_off_due is None and self._loop is not None:
+            self._put_off_due = self._loop.call_later(_PUT_OFF_S, self._take_put_off)
 
-    def _take_exits(self) -> None:
-        if self._exits_due is not None:
-            self._exits_due.cancel()
-            self._exits_due = None
-        exits, self._exits = self._exits, []
-        for event in exits:
+    def _take_put_off(self) -> None:
+        if self._put_off_due is not None:
+            self._put_off_due.cancel()
+            self._put_off_due = None
+        events, self._put_off = self._put_off, []
+        self._put_off_pids.clear()
+        for event in events:
             self._take_safely(event)
 
     def _take_safely(self, event: ProcEvent) -> None:
@@ -383,6 +399,11 @@ class ProcConnector:
         """The cell cannot be recorded any more: stop before saying so, as the node may come back to us at once."""
         self.unwatch(cell)
         self._hooks.record_failed(cell, error)
+
+
+def _pids_of(event: ProcEvent) -> tuple[int, ...]:
+    """The processes that it speaks of."""
+    return (event.child, event.parent) if isinstance(event, Fork) else (event.pid,)
 
 
 def probe() -> str:

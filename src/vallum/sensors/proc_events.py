@@ -13,6 +13,8 @@ from vallum.sensors import netlink
 CN_IDX_PROC = 1
 _CN_MSG = struct.Struct("=IIIIHH")
 _EVENT = struct.Struct("=IIQ4I")
+_ONE = struct.Struct("=IHHIIIIIIHHIIQ4I")
+"""A datagram of one event, which is what the kernel sends: the three headers above in one."""
 _FORK, _EXEC, _EXIT = 1, 2, 0x80000000
 
 
@@ -49,6 +51,11 @@ def parse(data: bytes) -> list[ProcEvent]:
     Raises:
         MalformedNetlinkError: lengths do not fit.
     """
+    if len(data) >= _ONE.size:
+        length, _, _, _, _, index, _, _, _, size, _, what, _, _, *words = _ONE.unpack_from(data)
+        if length == len(data) and index == CN_IDX_PROC and _EVENT.size <= size <= length - _ONE.size + _EVENT.size:
+            event = _read_event(what, *words)
+            return [event] if event is not None else []
     found: list[ProcEvent] = []
     for message in netlink.split(data):
         raw = message.payload
@@ -66,7 +73,11 @@ def parse(data: bytes) -> list[ProcEvent]:
 def _parse_event(raw: bytes) -> ProcEvent | None:
     if len(raw) < _EVENT.size:
         raise netlink.MalformedNetlinkError(f"{len(raw)} bytes are too few for a process event")
-    what, _, _, first, second, third, fourth = _EVENT.unpack_from(raw)
+    what, _, _, *words = _EVENT.unpack_from(raw)
+    return _read_event(what, *words)
+
+
+def _read_event(what: int, first: int, second: int, third: int, fourth: int) -> ProcEvent | None:
     if what == _FORK:
         return Fork(parent=second, child=fourth) if third == fourth else None
     if what == _EXEC:

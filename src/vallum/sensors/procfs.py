@@ -21,6 +21,7 @@ from vallum.core.text import keep
 
 ARGV_BYTES = 128 * 1024
 ARGV_ARGS = 256
+_PIECE = 2048
 _CUT = "[vallum: the rest of argv was not kept]"
 _GONE = (ProcessLookupError, FileNotFoundError, PermissionError)
 
@@ -123,13 +124,12 @@ def read_at(directory: int, name: str, limit: int) -> tuple[bytes, bool]:
     """
     fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
-        chunks, left = [], limit + 1
-        while left > 0 and (chunk := os.read(fd, min(left, 65536))):
-            chunks.append(chunk)
-            left -= len(chunk)
+        data = os.read(fd, min(limit + 1, 65536))
+        # A page at least is given in one piece, so what is well below it is all.
+        while len(data) > _PIECE and len(data) <= limit and (more := os.read(fd, min(limit + 1 - len(data), 65536))):
+            data += more
     finally:
         os.close(fd)
-    data = b"".join(chunks)
     return data[:limit], len(data) <= limit
 
 
