@@ -35,6 +35,10 @@ from vallum.sandbox.base import Child, Command, Exit
 KILL_WAIT_S = 5.0
 """How long a killed command may take to be gone before the cell is given up."""
 
+WATCH_AFTER_S = 0.002
+"""When the pipes of a command begin to be read. Most commands have ended by then, and are read once; one that fills its pipes
+sooner waits that long."""
+
 Relay = Callable[[str, bytes], Awaitable[None] | None]
 
 
@@ -148,6 +152,9 @@ class CommandRunner:
                 self.push(data, eof=eof)
             if not request.interactive and not request.pty:
                 feed.end()
+        loop = asyncio.get_running_loop()
+        is_at_once = request.pty or self._relay is not None
+        watching = loop.call_later(0 if is_at_once else WATCH_AFTER_S, watch_all, pumps)
         try:
             exit_, stopped = await wait_or_stop(self.running, request.timeout_s)
             if request.pty and not stopped:
@@ -157,6 +164,7 @@ class CommandRunner:
             for pump in pumps:
                 pump.drain()
         finally:
+            watching.cancel()
             if feed is not None:
                 feed.close()  # before the pump: with a terminal both are one descriptor, and the pump closes it
             for pump in pumps:
@@ -168,6 +176,12 @@ class CommandRunner:
         if relay is None:
             return None
         return lambda data: relay(name, data)
+
+
+def watch_all(pumps: list[Pump]) -> None:
+    """Take from all of them from now on."""
+    for pump in pumps:
+        pump.watch()
 
 
 async def wait_or_stop(running: Running, timeout_s: float | None) -> tuple[Exit, str]:
@@ -343,6 +357,8 @@ async def _converse(live: LiveCell, shell: Shell, step: Step, call: Call, reques
 
     pumps = [Pump(os.dup(child.stdout), outputs[0]), Pump(os.dup(child.stderr), outputs[1])]
     status_pump = Pump(os.dup(child.extra[1]), word, listen)
+    status_pump.watch()
+    watching = asyncio.get_running_loop().call_later(WATCH_AFTER_S, watch_all, pumps)
     feed = Feed(os.dup(child.extra[0]))  # a copy, as above: the session may be closed meanwhile
     feed.write(make_script(request.command, nonce))
     gone = asyncio.ensure_future(status_pump.at_end.wait())
@@ -357,6 +373,7 @@ async def _converse(live: LiveCell, shell: Shell, step: Step, call: Call, reques
         for pump in pumps:
             pump.drain()
     finally:
+        watching.cancel()
         gone.cancel()
         for pump in [*pumps, status_pump]:
             pump.close()

@@ -420,6 +420,11 @@ class House:
             self._raise_if_contained(live)
             raise
 
+    def settle(self) -> None:
+        """Have the ends of steps in the record that could wait so far."""
+        for live in self._cells.values():
+            live.close_due()
+
     async def close_step(self, request: wire.CloseStep, client: int) -> None:
         """Close a step that was opened for several commands."""
         live = self.get(request.sandbox, client)

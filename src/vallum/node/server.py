@@ -141,6 +141,8 @@ class Client:
 
     async def _do(self, request: wire.AnyRequest) -> object:
         house, me = self._house, self.number
+        if not isinstance(request, wire.Exec | wire.SessionRun):
+            house.settle()
         match request:
             case wire.Hello():
                 return self._welcome(request)

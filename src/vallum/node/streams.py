@@ -17,31 +17,41 @@ HIGH_WATER_BYTES = 1024 * 1024
 
 
 class Pump:
-    """Takes what the guest writes to one descriptor, which it owns and closes."""
+    """Takes what the guest writes to one descriptor, which it owns and closes. Nothing is taken before :meth:`watch`."""
 
     def __init__(
         self, fd: int, capture: Capture, relay: Callable[[bytes], Awaitable[None] | None] | None = None
     ) -> None:
         self._fd: int | None = fd
+        self._is_watched = False
         self._capture = capture
         self._relay = relay
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.Task[None] | None = None
         self.at_end = asyncio.Event()
         """Set when every writer has closed its end."""
-        self._loop.add_reader(fd, self._ready)
+
+    def watch(self) -> None:
+        """Take whatever is written from now on, as it is written."""
+        if self._fd is not None and not self._is_watched and self._pause is None:
+            self._is_watched = True
+            self._loop.add_reader(self._fd, self._ready)
+
+    def _ignore(self) -> None:
+        if self._fd is not None and self._is_watched:
+            self._is_watched = False
+            self._loop.remove_reader(self._fd)
 
     def _ready(self) -> None:
         waiting = self._take()
         if waiting is not None and self._fd is not None:
-            self._loop.remove_reader(self._fd)
+            self._ignore()
             self._pause = self._loop.create_task(self._resume_after(waiting))
 
     async def _resume_after(self, waiting: Awaitable[None]) -> None:
         await waiting
         self._pause = None
-        if self._fd is not None:
-            self._loop.add_reader(self._fd, self._ready)
+        self.watch()
 
     def _take(self) -> Awaitable[None] | None:
         assert self._fd is not None
@@ -74,7 +84,7 @@ class Pump:
     def close(self) -> None:
         """Let go of the descriptor."""
         if self._fd is not None:
-            self._loop.remove_reader(self._fd)
+            self._ignore()
             os.close(self._fd)
             self._fd = None
             self.at_end.set()
