@@ -29,6 +29,23 @@ class ExecResult:
     """Whether output was left out."""
 
 
+async def run_command(connection: Connection, request: wire.Exec, on_output: OnOutput | None) -> ExecResult:
+    """Run a command to its end. Cancelling that ends the command and everything it started.
+
+    Raises:
+        VallumError: what the node said.
+    """
+    try:
+        ran = await connection.call(request, wire.Ran, on_output)
+    except VallumError:
+        raise
+    except (asyncio.CancelledError, Exception):
+        # The caller's own on_output may have raised: nobody takes what the command writes, so it is ended.
+        connection.post(wire.Cancel(seq=connection.next_seq(), to=request.seq))
+        raise
+    return read_result(ran)
+
+
 class Process:
     """A running command of :meth:`Sandbox.start`."""
 

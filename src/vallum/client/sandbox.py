@@ -11,7 +11,7 @@ from typing import Literal
 
 from vallum.client import wire
 from vallum.client.approvals import OnApproval, answer_all
-from vallum.client.command import ExecResult, OnOutput, Process
+from vallum.client.command import ExecResult, OnOutput, Process, run_command
 from vallum.client.connection import Connection
 from vallum.client.control import update_rules
 from vallum.client.session import SessionOpener
@@ -59,7 +59,7 @@ class Sandbox:
             InvalidInput: unknown user, no such directory, a NUL byte in an argument.
             CellGone: the cell has ended.
         """
-        process = self.start(
+        request = self._make_request(
             argv,
             timeout_s=timeout_s,
             stdin=stdin,
@@ -68,9 +68,9 @@ class Sandbox:
             user=user,
             tool_call=tool_call,
             step=step,
-            on_output=on_output,
+            stream=on_output is not None,
         )
-        return await process.wait()
+        return await run_command(self._connection, request, on_output)
 
     def start(
         self,
@@ -90,9 +90,43 @@ class Sandbox:
         on_output: OnOutput | None = None,
     ) -> Process:
         """Like :meth:`exec`, but gives the running command: feed it, signal it, wait for it."""
+        request = self._make_request(
+            argv,
+            timeout_s=timeout_s,
+            stdin=stdin,
+            interactive=interactive,
+            pty=pty,
+            rows=rows,
+            columns=columns,
+            environ=environ,
+            cwd=cwd,
+            user=user,
+            tool_call=tool_call,
+            step=step,
+            stream=on_output is not None,
+        )
+        return Process(self._connection, request, on_output)
+
+    def _make_request(
+        self,
+        argv: Sequence[str | bytes],
+        *,
+        timeout_s: float | None,
+        stdin: bytes | str | None,
+        environ: Mapping[str, str] | None,
+        cwd: str | None,
+        user: str | None,
+        tool_call: str | None,
+        step: int | None,
+        stream: bool,
+        interactive: bool = False,
+        pty: bool = False,
+        rows: int = 24,
+        columns: int = 80,
+    ) -> wire.Exec:
         if not argv:
             raise InvalidInput("the command is empty: give at least the program's name")
-        request = wire.Exec(
+        return wire.Exec(
             seq=self._connection.next_seq(),
             sandbox=self.id,
             argv=[os.fsencode(a) for a in argv],
@@ -104,12 +138,11 @@ class Sandbox:
             stdin=stdin.encode() if isinstance(stdin, str) else stdin,
             interactive=interactive,
             timeout_s=timeout_s,
-            stream=on_output is not None,
+            stream=stream,
             pty=pty,
             rows=rows,
             columns=columns,
         )
-        return Process(self._connection, request, on_output)
 
     def session(
         self, *, environ: Mapping[str, str] | None = None, cwd: str | None = None, user: str | None = None
