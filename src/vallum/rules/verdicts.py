@@ -86,8 +86,13 @@ def reads_requests(rules: Ruleset, facts: FlowFacts, asker: Asker | None = None)
         return True
     if facts.protocol == "http2" and any(rule.host is not None for rule in usable):
         return True
+    # Where addresses are granted, the next request may name any host, also one that a denial is about.
+    free = any(rule.cidr is not None for rule in usable) and (facts.protocol != "tls" or facts.server_name is None)
     return any(
-        rule.narrows_requests and holds_for(rule, asker, unknown=True) and _reaches(rule, facts, address)
+        rule.narrows_requests
+        and holds_for(rule, asker, unknown=True)
+        and rule.matches_port(facts.dst_port)
+        and (_reaches(rule, facts, address) or (free and rule.host is not None))
         for rule in rules.deny
     )
 

@@ -251,6 +251,14 @@ def test_denials_of_requests_make_the_flow_read() -> None:
     assert judge_query(made, "a.example").verdict == "allow"
     assert judge_request(made, TLS, ask("DELETE")).rule == "no"
     assert judge_request(made, TLS, ask("GET")).verdict == "allow"
+    anywhere = rules(
+        '[[allow]]\ncidr = "203.0.113.0/24"\n[[deny]]\nid = "no"\nhost = "bad.example"\nmethods = ["POST"]'
+    )
+    keep_alive = msgspec.structs.replace(TLS, names=(), dst_port=80, protocol="http", server_name="ok.example")
+    assert reads_requests(anywhere, keep_alive)
+    assert judge_request(anywhere, keep_alive, ask("POST", host="bad.example")).rule == "no"
+    assert judge_request(anywhere, keep_alive, ask("POST", host="ok.example")).verdict == "allow"
+    assert not reads_requests(anywhere, msgspec.structs.replace(keep_alive, dst_port=443, protocol="tls"))
     clear = rules('[[allow]]\nhost = "a.example"\n[[deny]]\nid = "no"\nhost = "*"\nprotocols = ["http"]')
     plain = msgspec.structs.replace(TLS, dst_port=80, protocol="http2")
     assert judge_flow(clear, plain).rule == "no"
