@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import encodings.idna  # noqa: F401 - loaded before the drop: afterwards this file tree may be unreadable
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -16,6 +18,9 @@ import dns.rdata
 from vallum.core.errors import GatewayError
 from vallum.gateway.privilege_priv import close_other_descriptors, drop_privilege, raise_descriptor_limit
 from vallum.gateway.server import serve
+from vallum.gateway.services import load_services
+
+PRIORITY = -5
 
 
 def main() -> int:
@@ -27,11 +32,15 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="vallum-gateway: %(levelname)s %(message)s")
     dns.rdata.load_all_types()  # type: ignore[no-untyped-call]
+    load_services()
     # Ctrl-C in the owner's terminal is for the node to handle, which then ends the gateway.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         close_other_descriptors({0, 1, 2, options.control_fd})
         raise_descriptor_limit()
+        # What guests compute must not slow their judge.
+        with contextlib.suppress(OSError):
+            os.nice(PRIORITY)
         drop_privilege(options.uid, options.gid)
     except GatewayError as error:
         sys.stderr.write(f"vallum-gateway: {error}\n")
