@@ -93,7 +93,7 @@ def reads_requests(rules: Ruleset, facts: FlowFacts, asker: Asker | None = None)
         and holds_for(rule, asker, unknown=True)
         and rule.matches_port(facts.dst_port)
         and (_reaches(rule, facts, address) or (free and rule.host is not None))
-        for rule in rules.deny
+        for rule in (*rules.deny, *rules.hold)
     )
 
 
@@ -198,8 +198,15 @@ def _judge(
     if request is not None:
         held, granted = _careful_first(held), _careful_first(granted)
     failures: list[Decision] = []
-    for verdict, rule in (*(("hold", rule) for rule in held), *(("allow", rule) for rule in granted)):
-        refusal = find_refusal(rule, facts, where, asker, request, tool)
+    claimed = _claimed(rules, facts, asker, held) if granted else []
+    known = msgspec.structs.replace(facts, names=(*facts.names, Pin(name=facts.server_name or "")))
+    candidates = [
+        *(("hold", rule, facts) for rule in held),
+        *(("hold", rule, known) for rule in claimed),
+        *(("allow", rule, facts) for rule in granted),
+    ]
+    for verdict, rule, seen in candidates:
+        refusal = find_refusal(rule, seen, where, asker, request, tool)
         if refusal is not None:
             failures.append(refusal)
         elif verdict == "hold" and rule.id not in facts.approved:
@@ -232,6 +239,20 @@ def find_denial(
 
 
 _TELLING = {"internal-error": 0, "condition": 2, "git-mismatch": 2, "protocol-mismatch": 3}
+
+
+def _claimed(rules: Ruleset, facts: FlowFacts, asker: Asker | None, held: Sequence[Rule]) -> list[Rule]:
+    """Holds of the name in the first bytes, where a grant of addresses would let it be any name."""
+    name = facts.server_name
+    return [
+        rule
+        for rule in rules.hold
+        if name is not None
+        and rule not in held
+        and rule.matches_name(name)
+        and rule.matches_port(facts.dst_port)
+        and holds_for(rule, asker, unknown=True)
+    ]
 
 
 def _careful_first(rules: Sequence[Rule]) -> list[Rule]:

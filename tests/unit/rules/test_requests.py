@@ -214,6 +214,20 @@ def test_holds() -> None:
     assert judge_flow(beaten, msgspec.structs.replace(ssh, approved=("ask-me",))).rule == "no"
 
 
+def test_a_hold_of_a_name_is_not_passed_by_dialling_a_granted_address() -> None:
+    made = rules('[[allow]]\ncidr = "10.1.0.0/16"\n[[hold]]\nid = "ask-me"\nhost = "*.example"')
+    dialled = msgspec.structs.replace(TLS, dst_ip="10.1.2.3", names=())
+    assert judge_flow(made, dialled).verdict == "hold"
+    assert judge_flow(made, msgspec.structs.replace(dialled, approved=("ask-me",))).verdict == "allow"
+    assert judge_flow(made, msgspec.structs.replace(dialled, server_name="a.other")).verdict == "allow"
+    assert judge_flow(msgspec.structs.replace(made, allow=()), dialled).verdict == "deny"
+    careful = rules('[[allow]]\ncidr = "10.1.0.0/16"\n[[hold]]\nid = "ask-me"\nhost = "*.example"\nmethods = ["POST"]')
+    plain = msgspec.structs.replace(dialled, dst_port=80, protocol="http", server_name=None)
+    assert reads_requests(careful, plain)
+    assert judge_request(careful, plain, ask("POST")).verdict == "hold"
+    assert judge_request(careful, plain, ask("GET")).verdict == "allow"
+
+
 def test_phases() -> None:
     made = grant('phase = "setup"')
     assert judge_flow(made, TLS, Asker(phase="setup")).verdict == "allow"
