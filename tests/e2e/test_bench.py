@@ -17,6 +17,7 @@ VALLUM = [sys.executable, "-I", "-c", "from vallum.cli.main import main; main()"
 @pytest.mark.parametrize(
     ("name", "peers"),
     [
+        ("models", {"direct, no door"}),
         ("record", {"plain JSONL, no chain", "sqlite (WAL, synchronous=off), a commit each"}),
         ("sandbox", {"subprocess.run (no walls)", "the same outside (no walls)", "runc", "crun", "bwrap", "runsc"}),
         ("gateway", {"direct (no walls)", "plain asyncio relay", "tinyproxy", "squid", "mitmproxy"}),

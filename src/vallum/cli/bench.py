@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vallum.arena import bench_gateway, bench_sandbox
+from vallum.arena import bench_gateway, bench_models, bench_sandbox
 from vallum.arena.figures import Bench, Figure, ratio
 from vallum.arena.sandbox_peers import describe_machine
 from vallum.arena.world import VARIABLE, command_inside
@@ -23,8 +23,8 @@ from vallum.client.places import Places
 from vallum.core.errors import NodeError
 from vallum.core.text import show
 
-NAMES = ("sandbox", "gateway", "record")
-REPETITIONS = {"sandbox": 30, "gateway": 200, "record": 2000}
+NAMES = ("sandbox", "gateway", "models", "record")
+REPETITIONS = {"sandbox": 30, "gateway": 200, "models": 200, "record": 2000}
 _NOTES = {
     "sandbox": [
         "one after the other, on whatever else this machine does now",
@@ -33,6 +33,10 @@ _NOTES = {
     "gateway": [
         "client and server are Python processes on the same processors as what is measured",
         "a relay decides and records nothing: the floor of a user-space gateway",
+    ],
+    "models": [
+        "the provider is a local fake; each call is two records of a request, two of the call, and a step for its tool call",
+        "overhead is the difference of the two subjects",
     ],
     "record": [
         "acknowledged means handed to the kernel: it survives kill -9, not a power cut",
@@ -49,9 +53,9 @@ _NOTES = {
 )
 @click.pass_context
 def bench(ctx: click.Context, names: tuple[str, ...], as_json: bool, repetitions: int | None) -> None:
-    """Measure cells, the gateway and the record next to peers, as ratios in one run.
+    """Measure cells, the gateway, the model door and the record next to peers, as ratios in one run.
 
-    Peers that are not installed are said to be missing, with what installs them. Without NAMES: all three.
+    Peers that are not installed are said to be missing, with what installs them. Without NAMES: all of them.
     """
     found = [_run(name, repetitions or REPETITIONS[name]) for name in names or NAMES]
     if as_json:
@@ -71,6 +75,8 @@ def _run(name: str, repetitions: int) -> Bench:
             figures = asyncio.run(bench_sandbox.run(places, repetitions))
         elif name == "gateway":
             figures = asyncio.run(bench_gateway.run(places, repetitions))
+        elif name == "models":
+            figures = asyncio.run(bench_models.run(places, repetitions))
         else:
             figures = msgspec.json.decode(
                 _call(["-m", "vallum.arena.bench_record", str(repetitions), home]), type=list[Figure]

@@ -32,6 +32,8 @@ class Said(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...] = ()
     wait_s: float = 0.0
     """Before the first byte."""
+    pieces: int = 2
+    """How many pieces its words come in, when streamed."""
     pause_s: float = 0.0
     """Between two events of a stream."""
     raw: bytes | None = None
@@ -152,9 +154,9 @@ def _dialect(path: str) -> str:
     return "gemini"
 
 
-def _halves(text: str) -> list[str]:
-    middle = (len(text) + 1) // 2
-    return [half for half in (text[:middle], text[middle:]) if half]
+def _cut(text: str, pieces: int = 2) -> list[str]:
+    size = max(1, -(-len(text) // pieces))
+    return [text[at : at + size] for at in range(0, len(text), size)]
 
 
 def _event(data: Json, name: str = "") -> bytes:
@@ -208,15 +210,15 @@ def _chat_events(said: Said, model: str) -> Iterable[bytes]:
         )
 
     yield chunk({"role": "assistant", "content": ""})
-    for half in _halves(said.thinking):
-        yield chunk({"reasoning_content": half})
-    for half in _halves(said.text):
-        yield chunk({"content": half})
+    for piece in _cut(said.thinking, said.pieces):
+        yield chunk({"reasoning_content": piece})
+    for piece in _cut(said.text, said.pieces):
+        yield chunk({"content": piece})
     for index, (call, name, arguments) in enumerate(said.calls):
         function = {"name": name, "arguments": ""}
         yield chunk({"tool_calls": [{"index": index, "id": call, "type": "function", "function": function}]})
-        for half in _halves(json.dumps(arguments)):
-            yield chunk({"tool_calls": [{"index": index, "function": {"arguments": half}}]})
+        for piece in _cut(json.dumps(arguments)):
+            yield chunk({"tool_calls": [{"index": index, "function": {"arguments": piece}}]})
     yield chunk(
         {}, "tool_calls" if said.calls else "stop", **({"token_ids": list(said.token_ids)} if said.token_ids else {})
     )
@@ -297,20 +299,20 @@ def _response_events(said: Said, model: str) -> Iterable[bytes]:
             spot = {**where, "content_index": 0}
             part = item["content"][0]
             yield event("response.content_part.added", **spot, part={**part, "text": ""})
-            for half in _halves(part["text"]):
-                yield event("response.output_text.delta", **spot, delta=half, logprobs=[])
+            for piece in _cut(part["text"], said.pieces):
+                yield event("response.output_text.delta", **spot, delta=piece, logprobs=[])
             yield event("response.output_text.done", **spot, text=part["text"], logprobs=[])
             yield event("response.content_part.done", **spot, part=part)
         elif item["type"] == "reasoning":
             spot = {**where, "summary_index": 0}
             yield event("response.reasoning_summary_part.added", **spot, part={"type": "summary_text", "text": ""})
-            for half in _halves(said.thinking):
-                yield event("response.reasoning_summary_text.delta", **spot, delta=half)
+            for piece in _cut(said.thinking, said.pieces):
+                yield event("response.reasoning_summary_text.delta", **spot, delta=piece)
             yield event("response.reasoning_summary_text.done", **spot, text=said.thinking)
             yield event("response.reasoning_summary_part.done", **spot, part=item["summary"][0])
         else:
-            for half in _halves(item["arguments"]):
-                yield event("response.function_call_arguments.delta", **where, delta=half)
+            for piece in _cut(item["arguments"]):
+                yield event("response.function_call_arguments.delta", **where, delta=piece)
             yield event("response.function_call_arguments.done", **where, arguments=item["arguments"])
         yield event("response.output_item.done", output_index=index, item=item)
     yield event("response.completed", response=_response(said, model))
@@ -363,8 +365,8 @@ def _message_events(said: Said, model: str) -> Iterable[bytes]:
             "tool_use": ("partial_json", "input_json_delta"),
         }[kind]
         words = json.dumps(block["input"]) if kind == "tool_use" else block[kind]
-        for half in _halves(words):
-            yield event("content_block_delta", index=index, delta={"type": name, key: half})
+        for piece in _cut(words, said.pieces):
+            yield event("content_block_delta", index=index, delta={"type": name, key: piece})
         if kind == "thinking":
             yield event("content_block_delta", index=index, delta={"type": "signature_delta", "signature": "sig"})
         yield event("content_block_stop", index=index)
@@ -395,10 +397,10 @@ def _gemini(said: Said, model: str) -> Json:
 
 
 def _gemini_events(said: Said, model: str) -> Iterable[bytes]:
-    for half in _halves(said.thinking):
-        yield _event(_content(said, model, [{"text": half, "thought": True}], last=False))
-    for half in _halves(said.text):
-        yield _event(_content(said, model, [{"text": half}], last=False))
+    for piece in _cut(said.thinking, said.pieces):
+        yield _event(_content(said, model, [{"text": piece, "thought": True}], last=False))
+    for piece in _cut(said.text, said.pieces):
+        yield _event(_content(said, model, [{"text": piece}], last=False))
     calls: list[Json] = [{"functionCall": {"name": name, "args": arguments}} for _, name, arguments in said.calls]
     yield _event(_content(said, model, calls or [{"text": ""}], last=True))
 
