@@ -112,7 +112,12 @@ class Node(Protocol):
     """What a cell needs of the node."""
 
     def attribute(self, cell: str, protocol: str, src: Endpoint, dst: Endpoint) -> Charge:
-        """Ask who opened a socket; the question is on its way on return. Raises NodeGoneError."""
+        """Ask who opened a socket; the question leaves with the next one, at the latest when the loop turns. Raises
+        NodeGoneError."""
+        ...
+
+    def hurry(self) -> None:
+        """Have questions leave now, where there is something else to do until they are answered."""
         ...
 
     async def append(self, cell: str, event: AnyEvent, charge: Charge | None = None) -> int:

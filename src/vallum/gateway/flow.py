@@ -209,6 +209,7 @@ class GatewayFlow:
             return
         decision = self._judge()  # nothing is known of the first bytes: whether any rule could allow it
         if decision.verdict == "deny":
+            self.cell.node.hurry()
             self._decided()
             await self._collect_evidence()
             await self._refuse(decision)

@@ -78,7 +78,8 @@ class GatewayServer:
     def attribute(self, cell: str, protocol: str, src: Endpoint, dst: Endpoint) -> Charge:
         """See :meth:`vallum.gateway.cell.Node.attribute`."""
         seq, future = self._open()
-        self._channel.send(Attribute(seq=seq, cell=cell, protocol=protocol, src=src, dst=dst))
+        # What can be judged at once is recorded in the same turn: then both leave together, and come back together.
+        self._channel.send(Attribute(seq=seq, cell=cell, protocol=protocol, src=src, dst=dst), soon=True)
         return Charge(seq, future)
 
     async def append(self, cell: str, event: AnyEvent, charge: Charge | None = None) -> int:
@@ -94,6 +95,10 @@ class GatewayServer:
         if isinstance(answer, Done):
             return answer.id
         raise NodeGoneError(answer.error if isinstance(answer, Failed) else "the node answered something else")
+
+    def hurry(self) -> None:
+        """See :meth:`vallum.gateway.cell.Node.hurry`."""
+        self._channel.flush()
 
     def _open(self) -> tuple[int, asyncio.Future[Frame]]:
         try:

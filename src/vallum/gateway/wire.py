@@ -263,13 +263,14 @@ class Channel:
         data = _HEADER.pack(len(body), len(fds)) + body
         if soon and not fds:
             if not self._soon:
-                self._loop.call_soon(self._flush)
+                self._loop.call_soon(self.flush)
             self._soon += data
             return
-        self._flush()
+        self.flush()
         self._queue(data, [os.dup(fd) for fd in fds])
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send now what was to be sent soon."""
         if self._soon and self.is_open:
             data, self._soon = self._soon, bytearray()
             self._queue(data, [])
