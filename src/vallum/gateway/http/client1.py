@@ -10,10 +10,12 @@ import asyncio
 import select
 import socket
 from collections.abc import AsyncIterator
+from weakref import WeakKeyDictionary
 
 import h11
 import msgspec
 
+from vallum.gateway.cell import GatewayCell
 from vallum.gateway.http.exchange import MAX_HEAD_BYTES, Carrier, Headers
 from vallum.gateway.http.head import MalformedError, end_to_end, is_chunked, read_length
 from vallum.gateway.relay import Counters
@@ -24,6 +26,12 @@ HEAD_S = 300.0
 """How long a server may think before its answer begins."""
 IDLE_S = 300.0
 """How long a server may pause within its answer, or leave what was sent to it unread."""
+MAX_UPSTREAMS = 1024
+"""Connections to servers that one cell may have at once."""
+MAX_IDLE = 8
+"""Of one flow, kept for its next requests."""
+SLOT_S = 30.0
+"""How long a request waits for others of the cell to end."""
 MAX_INTERIM = 16
 """Answers with 1xx before the real one."""
 
@@ -178,11 +186,15 @@ class _Switched:
         self._stream.abort()
 
 
+_slots: WeakKeyDictionary[GatewayCell, asyncio.Semaphore] = WeakKeyDictionary()
+
+
 class Upstreams:
-    """The connections of one flow to its server. Never shared with another flow."""
+    """The connections of one flow to its server. Never shared with another flow; of one cell at most :data:`MAX_UPSTREAMS`."""
 
     def __init__(self, carrier: Carrier) -> None:
         self._carrier = carrier
+        self._free = _slots.setdefault(carrier.cell, asyncio.Semaphore(MAX_UPSTREAMS))
         self._idle: dict[tuple[str, str], list[Upstream]] = {}
         self._all: set[Upstream] = set()
 
@@ -191,7 +203,7 @@ class Upstreams:
 
         Raises:
             HandshakeError: the server's certificate cannot be accepted.
-            OSError: it cannot be connected to.
+            OSError: it cannot be connected to (TimeoutError: also when the cell has too many connections for too long).
         """
         idle = self._idle.get((scheme, host), [])
         while idle and not fresh:
@@ -215,8 +227,9 @@ class Upstreams:
     def keep(self, scheme: str, host: str, upstream: Upstream) -> None:
         """Its exchange ended: keep it for the next, if it can be."""
         upstream.settle()
-        if upstream.is_fresh:
-            self._idle.setdefault((scheme, host), []).append(upstream)
+        idle = self._idle.setdefault((scheme, host), [])
+        if upstream.is_fresh and len(idle) < MAX_IDLE:
+            idle.append(upstream)
 
     def release(self, upstream: Upstream) -> None:
         """Nobody uses it any more: close it, unless it is kept."""
@@ -225,7 +238,9 @@ class Upstreams:
 
     def drop(self, upstream: Upstream) -> None:
         """Close one."""
-        self._all.discard(upstream)
+        if upstream in self._all:
+            self._all.remove(upstream)
+            self._free.release()
         upstream.close()
 
     def close(self) -> None:

@@ -154,13 +154,9 @@ class RequestDesk:
 
     async def _conclude(self, exchange: Exchange, decision: Decision, error: BaseException) -> Decision:
         """Tell the guest that a service failed, and what the record says of it."""
-        if isinstance(error, DeniedError):
-            owner = await self._owner()
-            await self._record("denied", exchange.id, exchange, error.decision, owner)
-            await exchange.refuse(error.decision)
-            return error.decision
-        if isinstance(error, HandshakeError):
-            await exchange.refuse(error.decision, 502)
+        if isinstance(error, DeniedError | HandshakeError):
+            await self._record("denied", exchange.id, exchange, error.decision, await self._owner())
+            await exchange.refuse(error.decision, 403 if isinstance(error, DeniedError) else 502)
             return error.decision
         if isinstance(error, GuestGoneError):
             await exchange.abort(str(error))

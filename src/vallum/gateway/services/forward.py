@@ -222,7 +222,9 @@ class Forward:
     async def _pass_back(self, exchange: Exchange, upstream: Upstream, answer: ResponseHead, masker: Masker) -> None:
         if answer.status == 101:
             raise UpstreamError("the server switched to another protocol, which nobody asked for")
-        headers = tuple((name, masker.mask(value)) for name, value in answer.headers)
+        # What says that a rule refused something is for us to say.
+        kept = [pair for pair in answer.headers if pair[0] != b"x-vallum-rule"]
+        headers = tuple((name, masker.mask(value)) for name, value in kept)
         await exchange.start(answer.status, headers, length=answer.length)
         async for piece in upstream.read_body():
             self._spend(exchange, Usage(bytes_in=len(piece)))
