@@ -14,11 +14,12 @@ holds the model connection, is put where what it starts next will be charged to:
 What the runtime does itself is charged where it stands; its connections to the model door always to its own step.
 
 Covered: a process born in a call's step is never taken for a runtime, whatever it says to the model: it cannot have
-itself charged elsewhere. A child that has been told apart cannot be told apart again. A command line that was read after
-a further exec counts for nothing. What the guest says of itself (headers, ids) is not looked at.
-Not covered: while several calls are open, a child not told apart may run another one's text, or be made a direct child
-of the runtime (CLONE_PARENT), and be charged to that call; processes of one user may ptrace each other, the runtime too;
-what a runtime starts late, when the call it is for is over; tools that run inside the runtime's own process.
+itself charged elsewhere. Only the first program of a direct child is compared, once, and only when what was read is surely
+of it: what a child executes later counts for nothing. What the guest says of itself (headers, ids) is not looked at.
+Not covered: while several calls are open, a child that was not told apart may make a direct child of the runtime
+(CLONE_PARENT) that runs another call's text and is charged to that call; processes of one user may ptrace each other, the
+runtime too; whoever continues the runtime's own conversation ends its steps early (what is started then is charged to the
+agent's own step); what a runtime starts late, when the call it is for is over; tools inside the runtime's own process.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import msgspec
 
@@ -54,6 +55,7 @@ MAX_CALLS = 64
 """Tool calls of one reply."""
 MAX_OPEN = 256
 """Steps of one cell that replies have opened and nobody has closed."""
+MAX_ASKED = 4096
 MAX_ID_CHARS = 256
 MAX_NAME_CHARS = 256
 BY_TEXT_CONFIDENCE = 0.9
@@ -118,6 +120,8 @@ class AgentSteps:
     _by_text: set[int] = field(default_factory=set)
     _proposed: set[int] = field(default_factory=set)
     """Steps that replies have opened."""
+    _asked: dict[tuple[int, int], None] = field(default_factory=dict)
+    """Children (pid, start) whose first command line was compared."""
     _homes: dict[int, int] = field(default_factory=dict)
     """Step of a call -> own step of the runtime that it is of."""
 
@@ -355,18 +359,25 @@ class AgentSteps:
             del self._runtimes[runtime.pid]
 
     def _tell_apart(self, pid: int, place: int, pool: Pool) -> int | None:
-        """The call whose text the child runs: it is put into that step, with what it has started. None: not known."""
+        """The call whose text the child runs: it is put into that step, with what it has started. None: not known.
+
+        Asked once, about the first program that the child runs, when the kernel tells of it: what it executes or writes over
+        its arguments later is its own doing.
+        """
         if self.live.traced is not None or self.is_runtime(pid):
             return None
         stat = procfs.read_stat(pid)
         if stat is None or stat.ppid != pool.runtime.pid or not self.is_runtime(stat.ppid):
             return None
         argv = procfs.read_argv(pid)
-        if not argv or argv == procfs.read_argv(stat.ppid):
-            return None  # forked, but nothing executed yet
+        if not argv or not self.live.is_at_first_exec(pid) or (pid, stat.start_ticks) in self._asked:
+            return None
+        if len(self._asked) >= MAX_ASKED:
+            self._asked.clear()
+        self._asked[pid, stat.start_ticks] = None
         texts = {c.step.index: c.texts for c in self._open if c.runtime is pool.runtime}
         fits = [step for step in find_calls(argv, texts) if step in pool.candidates]
-        if len(fits) != 1 or self.live.has_execs_ahead(pid):
+        if len(fits) != 1:
             return None
         step = fits[0]
         try:

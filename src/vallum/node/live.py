@@ -75,8 +75,8 @@ class StepWatcher(Protocol):
         """Whether a process that was started as one program is another now."""
         ...
 
-    def has_execs_ahead(self, pid: int) -> bool:
-        """Whether a process may have executed a further program that was not looked at yet."""
+    def is_at_first_exec(self, pid: int) -> bool:
+        """Whether a process has executed one program since its fork and no other; False when nobody can say."""
         ...
 
     def step_closing(self, live: LiveCell, step: int) -> Usage:
@@ -256,9 +256,9 @@ class LiveCell:
         """Whether another program has taken the place of the shell."""
         return self._watcher.was_replaced(shell.child.pid)
 
-    def has_execs_ahead(self, pid: int) -> bool:
-        """Whether a process may have executed a further program that was not looked at yet."""
-        return self._watcher.has_execs_ahead(pid)
+    def is_at_first_exec(self, pid: int) -> bool:
+        """Whether a process has executed one program since its fork and no other; False when nobody can say."""
+        return self._watcher.is_at_first_exec(pid)
 
     # ------------------------------------------------------------------ vallum.sensors.base.CellView
 

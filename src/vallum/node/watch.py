@@ -125,10 +125,9 @@ class Watch:
         (``/proc`` is polled): what could be read there instead, the guest can forge."""
         return self._connector is not None and self._connector.execs_of(pid) > 1
 
-    def has_execs_ahead(self, pid: int) -> bool:
-        """Whether a process may have executed a further program that was not looked at yet. Where ``/proc`` is polled
-        nobody can say."""
-        return self._connector is None or self._connector.has_execs_ahead(pid)
+    def is_at_first_exec(self, pid: int) -> bool:
+        """Whether a process has executed one program since its fork and no other. Where ``/proc`` is polled nobody can say."""
+        return self._connector is not None and self._connector.is_at_first_exec(pid)
 
     def step_closing(self, live: LiveCell, step: int) -> Usage:
         """A step is about to be closed: what it did is told before. What it has used."""

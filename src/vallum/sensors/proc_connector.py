@@ -157,16 +157,19 @@ class ProcConnector:
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def has_execs_ahead(self, pid: int) -> bool:
-        """Whether the kernel has told of a further exec of ``pid`` that was not looked at yet. Then what ``/proc`` says of
-        its arguments is not of the exec that is looked at. True also when that cannot be known (too much is waiting)."""
+    def is_at_first_exec(self, pid: int) -> bool:
+        """Whether ``pid`` has executed one program since its fork and no other, as far as the kernel has told by now: then
+        what was read of its arguments before is what it was started with. False also when that cannot be known."""
+        member = self._members.get(pid)
+        if member is None or member.execs != 1:
+            return False
         is_more = True
         for _ in range(_AHEAD):
             if not (is_more := self._fill()):
                 break
         if self._ahead and self._loop is not None:
             self._loop.call_soon(self._read)  # when nothing comes after them, nobody else looks at them
-        return is_more or any(isinstance(event, Exec) and event.pid == pid for event in self._ahead)
+        return not is_more and not any(isinstance(event, Exec) and event.pid == pid for event in self._ahead)
 
     def _read(self) -> bool:
         """Take at most a batch; whether there may be more."""
