@@ -205,6 +205,8 @@ class GatewayCell:
         self.names = CellNames(resolver)
         self.vetting = vetting
         self.flows: set[CutFlow] = set()
+        self.at_close: list[Callable[[], Coroutine[None, None, None]]] = []
+        """What services keep for the cell beyond a flow is let go by these, after the last flow."""
         self._load = QueryLoad()
         self._serve = serve
         self._doors = [*tcp, *dns]
@@ -229,6 +231,7 @@ class GatewayCell:
         """Whether some rule is for certain steps only, so that nothing can be judged before the step is known."""
         self.has_conditions = any(rule.when for rule in every)
         """Whether the same facts may be judged differently later."""
+        self.has_budgets = any(rule.budget is not None for rule in every)
 
     def asker(self, owner: Owner | None = None) -> Asker:
         """Who asks, for rules that are for somebody. Without ``owner`` the step is not known."""
@@ -265,6 +268,8 @@ class GatewayCell:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=3)
+        for let_go in self.at_close:
+            await let_go()
 
     def attribute(self, protocol: str, src: Endpoint, dst: Endpoint) -> Charge:
         """Ask the node. Raises NodeGoneError."""

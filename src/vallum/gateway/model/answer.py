@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 
 from vallum.gateway.http.exchange import Headers
 from vallum.gateway.model.sse import KEEP_ALIVE
+from vallum.gateway.stream import PIECE
 
 KEEP_ALIVE_S = 5.0
 
@@ -23,8 +25,7 @@ class Answer:
         """Why it broke off after its head, when it did."""
         self.is_over = False
         self.readers = 0
-        self.size = 0
-        self._pieces: list[bytes] = []
+        self._body = bytearray()
         self._changed = asyncio.Event()
 
     @property
@@ -40,8 +41,7 @@ class Answer:
     def write(self, data: bytes) -> None:
         """More of its body."""
         if data:
-            self._pieces.append(data)
-            self.size += len(data)
+            self._body += data
             self._wake()
 
     def end(self, failure: str = "") -> None:
@@ -59,9 +59,9 @@ class Answer:
         """The body as it comes, with comments between events of a stream that is silent."""
         at = 0
         while True:
-            if at < len(self._pieces):
-                piece = self._pieces[at] if len(self._pieces) == at + 1 else b"".join(self._pieces[at:])
-                at = len(self._pieces)
+            if at < len(self._body):
+                piece = bytes(memoryview(self._body)[at : at + PIECE])
+                at += len(piece)
                 yield piece
             elif self.is_over:
                 return
@@ -71,12 +71,46 @@ class Answer:
                     async with asyncio.timeout(KEEP_ALIVE_S if self.is_stream else None):
                         await changed.wait()
                 except TimeoutError:
+                    # What is written are whole events, so it falls between two.
                     yield KEEP_ALIVE
 
     def body(self) -> bytes:
         """What there is of the body."""
-        return b"".join(self._pieces)
+        return bytes(self._body)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body so far."""
+        return len(self._body)
 
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+class KeptAnswers:
+    """The last answer of each branch, for retries; the oldest go when they become many."""
+
+    def __init__(self, limit_bytes: int, limit: int = 256) -> None:
+        self._limit_bytes, self._limit = limit_bytes, limit
+        self._keys: OrderedDict[str, bytes] = OrderedDict()
+        self._answers: dict[bytes, Answer] = {}
+        self._bytes = 0
+
+    def find(self, key: bytes) -> Answer | None:
+        """The answer to the request of that digest."""
+        return self._answers.get(key)
+
+    def keep(self, branch: str, key: bytes, answer: Answer) -> None:
+        """``answer`` is the last one of ``branch``."""
+        self._drop(branch)
+        if answer.size <= self._limit_bytes and key not in self._answers:
+            self._keys[branch], self._answers[key] = key, answer
+            self._bytes += answer.size
+        while self._bytes > self._limit_bytes or len(self._keys) > self._limit:
+            self._drop(next(iter(self._keys)))
+
+    def _drop(self, branch: str) -> None:
+        key = self._keys.pop(branch, None)
+        if key is not None:
+            self._bytes -= self._answers.pop(key).size

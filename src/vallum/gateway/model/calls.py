@@ -27,17 +27,17 @@ from vallum.core.verdict import Verdict
 from vallum.gateway.cell import GatewayCell, NodeGoneError, Owner
 from vallum.gateway.http.exchange import Headers
 from vallum.gateway.kit import ModelDoor
-from vallum.gateway.model.answer import Answer
+from vallum.gateway.model.answer import Answer, KeptAnswers
 from vallum.gateway.model.branches import Branches
 from vallum.gateway.model.budget import Spend
 from vallum.gateway.model.dialects import DIALECTS
-from vallum.gateway.model.dialects.contract import Dialect, DialectError, Json, Route
-from vallum.gateway.model.dialects.fields import dump
+from vallum.gateway.model.dialects.contract import DialectError, Json, Route
 from vallum.gateway.model.dialects.responses import items_of, output_items
 from vallum.gateway.model.fetch import Fetched, fetch
-from vallum.gateway.model.messages import Message, Part, Reply, Text, ToolResult, Usage, encode, estimate_tokens
+from vallum.gateway.model.messages import Message, Part, Reply, Text, ToolResult, Usage, encode
+from vallum.gateway.model.outcome import MAX_RECORD_CHARS, add_usage, explain, fail, told
 from vallum.gateway.model.plan import Plan, RefusedError, make_plan
-from vallum.gateway.model.relay import rejection, write_error_event
+from vallum.gateway.model.relay import rejection
 from vallum.gateway.model.upstreams.http import HttpServer
 from vallum.gateway.model.upstreams.replay import Replay, digest_request
 from vallum.gateway.model.upstreams.scripted import Scripted
@@ -46,8 +46,7 @@ from vallum.gateway.wire import ProposedCall
 
 MAX_CALLS = 256
 """Calls of one cell at once."""
-MAX_RECORD_CHARS = 4 * 1024 * 1024
-MAX_KEPT_BYTES = 32 * 1024 * 1024
+MAX_KEPT_BYTES = 16 * 1024 * 1024
 """Answers and conversations of one cell kept for retries and ``previous_response_id``."""
 MAX_REGENERATIONS = 3
 MAX_REFUSALS = 12
@@ -84,9 +83,9 @@ class ModelCalls:
         self._spend = Spend()
         self._running: dict[bytes, Answer] = {}
         self._tasks: dict[Answer, asyncio.Task[None]] = {}
-        self._last: OrderedDict[str, tuple[bytes, Answer]] = OrderedDict()
-        self._said: OrderedDict[str, list[Json]] = OrderedDict()
-        self._said_bytes: dict[str, int] = {}
+        self._last = KeptAnswers(MAX_KEPT_BYTES)
+        self._said: OrderedDict[str, tuple[list[Json], int]] = OrderedDict()
+        self._said_bytes = 0
         self._tools: OrderedDict[str, str] = OrderedDict()
         self._open: set[str] = set()
         self._refusals = 0
@@ -108,8 +107,20 @@ class ModelCalls:
                 made = Replay(door.script)
             else:
                 made = HttpServer(door.upstream, self._cell.kit.upstream_roots)
+            if self._upstream is not None and isinstance(old := self._upstream[1], HttpServer):
+                old.close()
             self._upstream = (key, made)
         return self._upstream[1]
+
+    async def close(self) -> None:
+        """The cell has ended: end every call, with its record, and let go of the upstream (in at most 3 s)."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=3)
+        if self._upstream is not None and isinstance(upstream := self._upstream[1], HttpServer):
+            upstream.close()
 
     async def ask(self, asked: Asked) -> Answer:
         """The answer to a request, which may be one that is under way or was given before.
@@ -119,7 +130,7 @@ class ModelCalls:
         """
         path = f"{asked.route.dialect} {asked.route.model} {asked.route.stream} {asked.agent}\n"
         key = hashlib.sha256(path.encode() + asked.body).digest()
-        earlier = self._running.get(key) or next((a for k, a in self._last.values() if k == key), None)
+        earlier = self._running.get(key) or self._last.find(key)
         if earlier is not None:
             reason = "the answer to an earlier request was given again"
             call, status = f"m{secrets.token_hex(6)}", earlier.status or None
@@ -180,15 +191,15 @@ class ModelCalls:
                 plan = self._prepare(asked, answer.call)
             except RefusedError as error:
                 status = await self.deny(asked, answer.call, error)
-                _fail(answer, dialect, status, error.reason, error.rule)
+                fail(answer, dialect, status, error.reason, error.rule)
                 return
             await self._call(plan, asked, answer, key)
         except NodeGoneError as error:
             log.warning("cell %s: model call %s: %s", self._cell.id, answer.call, error)
-            _fail(answer, dialect, 503, f"nothing was passed on: {error}", "internal-error")
+            fail(answer, dialect, 503, f"nothing was passed on: {error}", "internal-error")
         except Exception:  # a judge that failed denies, whatever it failed of
             log.exception("cell %s: model call %s failed", self._cell.id, answer.call)
-            _fail(answer, dialect, 500, "nothing was passed on: the model gateway failed", "internal-error")
+            fail(answer, dialect, 500, "nothing was passed on: the model gateway failed", "internal-error")
         finally:
             self._running.pop(key, None)
             answer.end("the call was ended")
@@ -255,21 +266,21 @@ class ModelCalls:
                 closing["steps"] = await self._open_steps(reply, asked, call, place.branch)
             self._branches.answered(place, call, Message("assistant", reply.parts), with_ids=with_ids)
             self._keep_said(plan, reply, asked)
-            closing |= _told(reply) | {"status": 200}
+            closing |= told(reply) | {"status": 200}
             await self._close(plan, asked, call, used, closing, started_ns)
             answer.headers = ((b"x-vallum-call", call.encode()), *answer.headers)
             fetched.deliver(answer)
-            self._keep_answer(place.branch, key, answer)
+            self._last.keep(place.branch, key, answer)
         except RefusedError as error:
             closing |= {"verdict": "deny", "rule": error.rule, "reason": error.reason, "status": error.status}
             await self._close(plan, asked, call, used, closing, started_ns)
             await self._count(error)
-            _fail(answer, plan.dialect, 404 if self._stopped else error.status, error.reason, error.rule)
+            fail(answer, plan.dialect, 404 if self._stopped else error.status, error.reason, error.rule)
         except (UpstreamRefusedError, DialectError, OSError) as error:
-            status, words, retry_after = _explain(error, plan)
+            status, words, retry_after = explain(error, plan)
             closing |= {"reason": words, "status": status}
             await self._close(plan, asked, call, used, closing, started_ns)
-            _fail(answer, plan.dialect, status, words, "model-upstream", retry_after, cut=True)
+            fail(answer, plan.dialect, status, words, "model-upstream", retry_after, cut=True)
         except asyncio.CancelledError:
             closing |= {"reason": "nobody waited for the answer any more"}
             await asyncio.shield(self._close(plan, asked, call, used, closing, started_ns))
@@ -283,7 +294,7 @@ class ModelCalls:
         total = Usage()
         for attempt in range(MAX_REGENERATIONS + 1):
             fetched = await fetch(plan, asked.agent, answer)
-            total = _add(total, fetched.reply.usage, plan, fetched.reply)
+            total = add_usage(total, fetched.reply.usage, plan, fetched.reply)
             reasons = await self._review(plan, fetched.reply, asked)
             if not reasons:
                 return fetched, total
@@ -356,18 +367,12 @@ class ModelCalls:
         """What ``previous_response_id`` may name."""
         if asked.route.dialect != "responses" or not plan.may_be_named:
             return
-        items = [*items_of(plan.raw), *output_items(reply)]
-        self._said[reply.id] = items
-        self._said_bytes[reply.id] = len(asked.body)
-        while len(self._said) > 1 and sum(self._said_bytes.values()) > MAX_KEPT_BYTES:
-            gone, _ = self._said.popitem(last=False)
-            del self._said_bytes[gone]
-
-    def _keep_answer(self, branch: str, key: bytes, answer: Answer) -> None:
-        self._last.pop(branch, None)
-        self._last[branch] = (key, answer)
-        while len(self._last) > 1 and sum(a.size for _, a in self._last.values()) > MAX_KEPT_BYTES:
-            self._last.popitem(last=False)
+        if reply.id not in self._said:
+            self._said[reply.id] = ([*items_of(plan.raw), *output_items(reply)], len(asked.body))
+            self._said_bytes += len(asked.body)
+        while self._said_bytes > MAX_KEPT_BYTES:
+            _, (_, size) = self._said.popitem(last=False)
+            self._said_bytes -= size
 
     async def _record(
         self,
@@ -395,67 +400,6 @@ class ModelCalls:
             **{"model": asked.route.model, **fields},
         )
         await self._cell.node.append(self._cell.id, event)
-
-
-def _told(reply: Reply) -> dict[str, Any]:
-    slim = msgspec.structs.replace(reply, prompt_token_ids=None, completion_token_ids=None, logprobs=None)
-    return {
-        "reply": encode(slim, MAX_RECORD_CHARS),
-        "tool_calls": [call.id for call in reply.tool_calls],
-        "finish": reply.finish,
-        "prompt_token_ids": reply.prompt_token_ids,
-        "completion_token_ids": reply.completion_token_ids,
-        "logprobs": reply.logprobs,
-        "policy_version": reply.policy_version,
-    }
-
-
-def _add(total: Usage, used: Usage, plan: Plan, reply: Reply) -> Usage:
-    """Usage of one more answer; what the upstream did not count is estimated, never free."""
-    prompt = used.prompt_tokens
-    completion = used.completion_tokens
-    if prompt is None:
-        prompt = estimate_tokens(plan.request)
-    if completion is None:
-        said = estimate_tokens(
-            msgspec.structs.replace(plan.request, messages=(Message("assistant", reply.parts),), tools=())
-        )
-        completion = max(1, said)
-    return Usage(
-        prompt_tokens=(total.prompt_tokens or 0) + prompt,
-        completion_tokens=(total.completion_tokens or 0) + completion,
-        cached_tokens=(total.cached_tokens or 0) + (used.cached_tokens or 0),
-    )
-
-
-def _explain(error: Exception, plan: Plan) -> tuple[int, str, str]:
-    """(status, words, Retry-After) for the agent. The upstream's key is not in them."""
-    if isinstance(error, UpstreamRefusedError):
-        if error.status in (401, 403):
-            return 502, f"the upstream does not accept the gateway's own credential (it said {error.status})", ""
-        return error.status, plan.redact(show(error.message, 2000)), error.retry_after
-    if isinstance(error, TimeoutError):
-        return 504, "the upstream took too long", ""
-    return 502, plan.redact(f"the upstream's answer cannot be passed on: {show(str(error), 500)}"), ""
-
-
-def _fail(
-    answer: Answer, dialect: Dialect, status: int, message: str, rule: str, retry_after: str = "", *, cut: bool = False
-) -> None:
-    """End an answer with an error that the agent's client understands, or cut it off where words were sent already."""
-    if answer.has_begun:
-        if not cut:
-            answer.write(write_error_event(dialect, status, message, rule))
-        answer.end(message if cut else "")
-        return
-    headers: Headers = ((b"content-type", b"application/json"), (b"x-vallum-rule", rule.encode("latin-1", "replace")))
-    if status < 500 and status not in (408, 409, 429):
-        headers = (*headers, (b"x-should-retry", b"false"))
-    if retry_after:
-        headers = (*headers, (b"retry-after", retry_after.encode("latin-1", "replace")[:64]))
-    answer.begin(status, headers, is_stream=False)
-    answer.write(dump(dialect.write_error(status, message, rule)).encode())
-    answer.end()
 
 
 def _remember(kept: OrderedDict[str, str], key: str, value: str, limit: int) -> None:

@@ -141,13 +141,13 @@ def make_plan(
     headers: Headers,
     call: str,
     spend: Spend,
-    said: Mapping[str, list[Json]],
+    said: Mapping[str, tuple[list[Json], int]],
     wants_events: bool,
 ) -> Plan:
     """Judge a request and make its call ready; takes from ``spend``.
 
     Args:
-        said: items of earlier responses by id, which ``previous_response_id`` may name.
+        said: items of earlier responses (and their size) by id, which ``previous_response_id`` may name.
 
     Raises:
         RefusedError: it cannot be read, would exceed the budget, has a canary in it, or the door's credential is missing.
@@ -227,12 +227,12 @@ def check_canaries(kit: Kit, body: bytes) -> bytes:
     return body
 
 
-def _join(given: Json, said: Mapping[str, list[Json]]) -> Json:
+def _join(given: Json, said: Mapping[str, tuple[list[Json], int]]) -> Json:
     previous = string(given["previous_response_id"], "previous_response_id")
     earlier = said.get(previous)
     if earlier is None:
         raise DialectError("previous_response_id names no response that this gateway kept: send the whole input")
-    return join_input(given, earlier)
+    return join_input(given, earlier[0])
 
 
 def _wants_usage(given: Json) -> bool:

@@ -41,6 +41,7 @@ def calls_of(cell: GatewayCell) -> ModelCalls:
     calls = _cells.get(cell)
     if calls is None:
         calls = _cells[cell] = ModelCalls(cell)
+        cell.at_close.append(calls.close)
     return calls
 
 

@@ -202,7 +202,7 @@ class Messages:
             model=string(raw.get("model"), "model"),
             parts=check_calls(parts),
             finish=_read_finish(raw.get("stop_reason"), parts),
-            usage=_read_usage(raw.get("usage") or {}),
+            usage=_read_usage(raw.get("usage")),
         )
 
     def make_assembler(self, *, wants_usage: bool) -> MessagesAssembler:
@@ -571,7 +571,9 @@ def _write_finish(finish: Finish) -> str:
     return {"tool_calls": "tool_use", "length": "max_tokens", "filtered": "refusal"}.get(finish, "end_turn")
 
 
-def _read_usage(usage: Json) -> Usage:
+def _read_usage(usage: Any) -> Usage:
+    if not isinstance(usage, dict):
+        return Usage()
     plain = count(usage.get("input_tokens"))
     cached = count(usage.get("cache_read_input_tokens"))
     made = count(usage.get("cache_creation_input_tokens"))

@@ -83,6 +83,7 @@ class HttpServer:
         self._prefix = parts.path.rstrip("/")
         self._roots = roots_pem
         self._kept: list[tuple[float, Upstream]] = []
+        self._is_closed = False
         host = f"[{self._host}]" if ":" in self._host else self._host
         self._authority = host if port is None else f"{host}:{port}"
         self.origin = f"{parts.scheme}://{self._authority}"
@@ -115,16 +116,25 @@ class HttpServer:
     def keep(self, upstream: Upstream) -> None:
         """An exchange is over: keep the connection if it can be."""
         upstream.settle()
-        if upstream.is_fresh and len(self._kept) < MAX_KEPT:
-            self._kept.append((asyncio.get_running_loop().time(), upstream))
+        if upstream.is_fresh and len(self._kept) < MAX_KEPT and not self._is_closed:
+            loop = asyncio.get_running_loop()
+            self._kept.append((loop.time(), upstream))
+            loop.call_later(KEPT_S + 0.1, self._expire)
         else:
             upstream.close()
 
     def close(self) -> None:
-        """Close what is kept."""
+        """Close what is kept, and keep nothing more."""
+        self._is_closed = True
         for _, upstream in self._kept:
             upstream.close()
         self._kept.clear()
+
+    def _expire(self) -> None:
+        oldest = asyncio.get_running_loop().time() - KEPT_S
+        for kept in [kept for kept in self._kept if kept[0] < oldest]:
+            self._kept.remove(kept)
+            kept[1].close()
 
     def _target(self, target: str) -> str:
         # Bases are written with the version and without.
