@@ -63,14 +63,6 @@ _POOLS = 1 << 20
 """Pools are groups of the cell like steps are, numbered from here: no step gets that far."""
 
 
-class ExecQueue(Protocol):
-    """Tells whether a process has executed another program that was not looked at yet."""
-
-    def has_execs_ahead(self, pid: int) -> bool:
-        """True also when nobody can say."""
-        ...
-
-
 Asker = Literal["runtime", "nested", "host", "unknown"]
 """Who asked the model: an agent's runtime, a process that is charged to a call itself (and goes on being so), a client on
 the host, or somebody in the cell of whom the kernel did not tell."""
@@ -373,7 +365,9 @@ class AgentSteps:
         if not argv or not self.live.is_at_first_exec(pid) or (pid, stat.start_ticks) in self._asked:
             return None
         if len(self._asked) >= MAX_ASKED:
-            self._asked.clear()
+            self._asked = {one: None for one in self._asked if self._start_of(one[0]) == one[1]}
+            if len(self._asked) >= MAX_ASKED:
+                return None
         self._asked[pid, stat.start_ticks] = None
         texts = {c.step.index: c.texts for c in self._open if c.runtime is pool.runtime}
         fits = [step for step in find_calls(argv, texts) if step in pool.candidates]
