@@ -141,12 +141,15 @@ class World:
         self.deaths: list[str] = []
         self.records_fail = False
         self.attribution_fails = False
+        self.holds = []
+        self.given_up = []
+        self.decide = None
         check(libc.unshare(NEWNS | NEWNET))
         check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
         for name, text in (("hosts", HOSTS), ("resolv.conf", "nameserver 192.0.2.53\noptions timeout:1 attempts:1\n")):
             (tmp / name).write_text(text)
             check(libc.mount(str(tmp / name).encode(), f"/etc/{name}".encode(), None, MS_BIND, None))
-        self.fakes, self.cell = self.hold(), self.hold()
+        self.fakes, self.cell = self.hold_namespace(), self.hold_namespace()
         self.lines(
             "ip link set lo up",
             "ip link add vn type veth peer name vw",
@@ -165,24 +168,28 @@ class World:
             pid=self.fakes,
         )
         self.lines("ip route add default via 100.127.0.2", "ip -6 route add default via 2001:db8:ffff::2")
-        self.lines(
-            "ip link set lo up",
-            "ip route add local default dev lo",
-            "ip -6 route add local default dev lo",
-            pid=self.cell,
-        )
-        subprocess.run(
-            ["nsenter", "-t", str(self.cell), "-n", "nft", "-f", "-"], input=NFT, text=True, check=True, timeout=10
-        )
+        self.lay_cell(self.cell)
         self.link: GatewayLink | None = None
 
-    def hold(self) -> int:
+    def hold_namespace(self) -> int:
         holder = subprocess.Popen(["unshare", "-n", "sleep", "300"])
         self.holders.append(holder)
         own = os.stat(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/ns/net").st_ino
         while os.stat(f"/proc/{holder.pid}/ns/net").st_ino == own:
             threading.Event().wait(0.005)
         return holder.pid
+
+    def lay_cell(self, pid: int) -> None:
+        """Make a namespace one of a cell: everything is local, and led to the doors."""
+        self.lines(
+            "ip link set lo up",
+            "ip route add local default dev lo",
+            "ip -6 route add local default dev lo",
+            pid=pid,
+        )
+        subprocess.run(
+            ["nsenter", "-t", str(pid), "-n", "nft", "-f", "-"], input=NFT, text=True, check=True, timeout=10
+        )
 
     def lines(self, *commands: str, pid: int | None = None) -> None:
         """Run ip(8) commands here, or in a holder's namespace."""
@@ -193,7 +200,7 @@ class World:
     def in_fakes(self, make):
         return in_namespace(self.fakes, make)
 
-    def doors(self) -> tuple[list[socket.socket], list[socket.socket]]:
+    def doors(self, pid: int | None = None) -> tuple[list[socket.socket], list[socket.socket]]:
         def make():
             v4, v6 = socket.AF_INET, socket.AF_INET6
             return (
@@ -201,7 +208,7 @@ class World:
                 [listen(v4, ("0.0.0.0", 53), socket.SOCK_DGRAM), listen(v6, ("::", 53), socket.SOCK_DGRAM)],
             )
 
-        return in_namespace(self.cell, make)
+        return in_namespace(pid or self.cell, make)
 
     async def start(self, rules: Ruleset, kit: Kit = TAPS_ARE_SERVERS) -> None:
         """Start DNS fake and gateway, and serve the cell with ``rules``."""
@@ -239,6 +246,15 @@ class World:
             raise OSError("disk full")
         self.events.append(event)
         return len(self.events)
+
+    async def hold(self, frame):
+        """The person: see ``decide``."""
+        self.holds.append(frame)
+        try:
+            return await self.decide(frame)
+        except asyncio.CancelledError:
+            self.given_up.append(frame)
+            raise
 
     async def stop(self) -> None:
         if self.link is not None:

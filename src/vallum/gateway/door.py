@@ -16,7 +16,7 @@ _IP_PKTINFO = 8
 _IPV6_PKTINFO = 50
 _IPV6_RECVPKTINFO = 49
 _IPV6_FREEBIND = 78
-_ESTABLISHED = 1
+_ESTABLISHED, _CLOSED = 1, 7  # include/net/tcp_states.h
 _RST = struct.pack("ii", 1, 0)
 
 Endpoint = tuple[str, int]
@@ -138,11 +138,19 @@ def _is_connected(conn: socket.socket) -> bool:
 
 def has_left(conn: socket.socket) -> bool:
     """Whether the guest sends no more on a connection (closed, half closed or reset), whatever is still unread."""
+    return _tcp_state(conn) != _ESTABLISHED
+
+
+def is_reset(conn: socket.socket) -> bool:
+    """Whether a connection is over both ways."""
+    return _tcp_state(conn) == _CLOSED
+
+
+def _tcp_state(conn: socket.socket) -> int:
     try:
-        state = conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
     except OSError:
-        return True
-    return state != _ESTABLISHED
+        return _CLOSED
 
 
 def keep_alive(conn: socket.socket) -> None:

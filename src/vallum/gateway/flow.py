@@ -39,9 +39,11 @@ from vallum.gateway.http1 import Http1Watch, RefusedError
 from vallum.gateway.kit import SERVICE_PORT, ServiceName
 from vallum.gateway.names import Pinned, host_of, service_at
 from vallum.gateway.own import is_own
-from vallum.gateway.relay import Counters, Guard, HoldingGuard, OpenGuard, UnknownGuard, relay
+from vallum.gateway.relay import Counters, Guard, HoldingGuard, Meter, OpenGuard, UnknownGuard, relay
 from vallum.gateway.sniff import MAX_BYTES, Sniffed, Sniffer
+from vallum.gateway.spending import FlowMeter, purse_of
 from vallum.gateway.tls.termination import HandshakeError
+from vallum.rules.budgets import Usage
 from vallum.rules.facts import Asker, FlowFacts, Pin
 from vallum.rules.verdicts import admits_server_first, judge_flow, reads_requests
 
@@ -434,6 +436,20 @@ class GatewayFlow:
     async def _open(self, decision: Decision, guard: Guard, head: bytes) -> None:
         if not self.decision_ns:
             self._decided()
+        rule = self.cell.rules.find(decision.rule) if self.cell.has_budgets else None
+        purse = purse_of(self.cell)
+        denial = purse.spend(rule, Usage(connections=1))
+        if denial is not None:
+            await self._refuse(denial)
+            return
+        try:
+            # Of what is read, each request is counted for its own grant.
+            is_metered = rule is not None and rule.budget is not None and not self.is_inspected
+            await self._carry(decision, guard, head, FlowMeter(purse, rule) if rule and is_metered else None)
+        finally:
+            purse.spend(rule, Usage(connections=-1))
+
+    async def _carry(self, decision: Decision, guard: Guard, head: bytes, meter: Meter | None) -> None:
         try:
             await self.record("opened", decision)
         except NodeGoneError as error:
@@ -451,7 +467,7 @@ class GatewayFlow:
             else:
                 await self._vet()
                 self._server = await self.connect()
-                await relay(self.conn, self._server, guard, self.counters, head)
+                await relay(self.conn, self._server, guard, self.counters, head, meter)
             self._close_gently()
         except RefusedError as error:
             final = error.decision

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from vallum.core.verdict import Decision
+from vallum.gateway.door import is_reset
 from vallum.gateway.http1 import RefusedError
 from vallum.gateway.sniff import MinerWatch, Sniffed, Sniffer
 
 CHUNK = 256 * 1024
 HALF_CLOSED_S = 300.0
 """How long one direction may stay silent once the other has ended."""
+LOOK_S = 1.0
+"""How often a guest is looked at that is not read from for the time being."""
 _piece = memoryview(bytearray(CHUNK))
 """What is read is sent on before anything else is read, so one buffer serves every flow of the loop."""
 
@@ -215,6 +219,7 @@ class Relay:
         self._guest_ended = self._server_ended = False
         self._done: asyncio.Future[None] = loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
         self._seen = (0, 0)
 
     async def run(self, first: bytes) -> None:
@@ -222,20 +227,37 @@ class Relay:
         try:
             if not first or self._send_out(first):
                 self._resume_guest()
+            else:
+                self._pause_guest()
             self._resume_server()
             await self._done
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
+            for timer in (self._timer, self._look):
+                if timer is not None:
+                    timer.cancel()
             for sock in (self._guest, self._server):
                 self._loop.remove_reader(sock.fileno())
             self._out.forget()
             self._in.forget()
 
     def _resume_guest(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
         if not self._guest_ended:
             self._loop.add_reader(self._guest.fileno(), self._read_guest)
         self._check_end()
+
+    def _pause_guest(self) -> None:
+        """The server does not read. Nor do we then; and who is not read from is not seen to go, so it is looked at."""
+        self._loop.remove_reader(self._guest.fileno())
+        if self._look is None:
+            self._look = self._loop.call_later(LOOK_S, self._look_at_guest)
+
+    def _look_at_guest(self) -> None:
+        if is_reset(self._guest):
+            self._fail(ConnectionResetError(errno.ECONNRESET, "the guest has gone"))
+        self._look = self._loop.call_later(LOOK_S, self._look_at_guest)
 
     def _resume_server(self) -> None:
         if not self._server_ended:
@@ -251,7 +273,7 @@ class Relay:
             size = self._guest.recv_into(_piece)
             if size:
                 if not self._send_out(bytes(_piece[:size])):
-                    self._loop.remove_reader(self._guest.fileno())
+                    self._pause_guest()
                 return
             self._loop.remove_reader(self._guest.fileno())
             self._guest_ended = True
