@@ -7,7 +7,8 @@ holds the model connection, is put where what it starts next will be charged to:
   that acts two steps later is charged to the call that started it.
 * several open (parallel calls, sub-agents in one runtime): into a *pool*, a group of its own for exactly this set of
   calls. A direct child whose command line is the text of one of them (:mod:`vallum.node.calltext`) is put into that
-  call's step with what it has started so far (method ``argv``, confidence 0.9). Whoever is not told apart stays in the
+  call's step with what it has started so far (method ``argv``, confidence 0.9, or 0.6 where the shell had become the
+  program of the command before it was seen). Whoever is not told apart stays in the
   pool: charged to the agent's own step, with the calls as ``candidates`` and a confidence of one over their number.
 * none open: back into its own step, the one it was started in.
 
@@ -40,7 +41,7 @@ from vallum.core.scope import BY_NODE, Attribution, Method
 from vallum.gateway.names import service_at
 from vallum.gateway.wire import CloseSteps, OpenSteps, ProposedCall, StopAgent
 from vallum.node.arguments import shorten_json
-from vallum.node.calltext import find_calls, read_texts
+from vallum.node.calltext import find_calls, find_commands, read_texts
 from vallum.sensors import procfs
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ MAX_ASKED = 4096
 MAX_ID_CHARS = 256
 MAX_NAME_CHARS = 256
 BY_TEXT_CONFIDENCE = 0.9
+BY_WORDS_CONFIDENCE = 0.6
 _POOLS = 1 << 20
 """Pools are groups of the cell like steps are, numbered from here: no step gets that far."""
 
@@ -109,7 +111,8 @@ class AgentSteps:
     _open: list[OpenCall] = field(default_factory=list)
     _runtimes: dict[int, Runtime] = field(default_factory=dict)
     _pools: dict[int, Pool] = field(default_factory=dict)
-    _by_text: set[int] = field(default_factory=set)
+    _by_text: dict[int, float] = field(default_factory=dict)
+    """Steps that a child was put into, and how sure that is."""
     _proposed: set[int] = field(default_factory=set)
     """Steps that replies have opened."""
     _asked: dict[tuple[int, int], None] = field(default_factory=dict)
@@ -223,12 +226,12 @@ class AgentSteps:
         pool = self._pools.get(place)
         if pool is None:
             if place in self._by_text and not self.is_runtime(pid):
-                return place, "argv", min(confidence, BY_TEXT_CONFIDENCE)
+                return place, "argv", min(confidence, self._by_text[place])
             doubts = self._doubts(pid, place)
             return place, method, confidence / (1 + len(doubts))
         step = self._tell_apart(pid, place, pool)
         if step is not None:
-            return step, "argv", min(confidence, BY_TEXT_CONFIDENCE)
+            return step, "argv", min(confidence, self._by_text[step])
         return pool.runtime.home, method, confidence / len(pool.candidates)
 
     def step_of_place(self, place: int) -> int:
@@ -354,7 +357,8 @@ class AgentSteps:
         """The call whose text the child runs: it is put into that step, with what it has started. None: not known.
 
         Asked once, about the first program that the child runs, when the kernel tells of it: what it executes or writes over
-        its arguments later is its own doing.
+        its arguments later is its own doing. A shell that is given one simple command becomes that program at once; where
+        the shell was missed, the words of the command are compared, which is worth less: the child may have chosen them.
         """
         if self.live.traced is not None or self.is_runtime(pid):
             return None
@@ -362,7 +366,8 @@ class AgentSteps:
         if stat is None or stat.ppid != pool.runtime.pid or not self.is_runtime(stat.ppid):
             return None
         argv = procfs.read_argv(pid)
-        if not argv or not self.live.is_at_first_exec(pid) or (pid, stat.start_ticks) in self._asked:
+        execs = self.live.settled_execs_of(pid)
+        if not argv or execs not in (1, 2) or (pid, stat.start_ticks) in self._asked:
             return None
         if len(self._asked) >= MAX_ASKED:
             self._asked = {one: None for one in self._asked if self._start_of(one[0]) == one[1]}
@@ -370,7 +375,8 @@ class AgentSteps:
                 return None
         self._asked[pid, stat.start_ticks] = None
         texts = {c.step.index: c.texts for c in self._open if c.runtime is pool.runtime}
-        fits = [step for step in find_calls(argv, texts) if step in pool.candidates]
+        find = find_calls if execs == 1 else find_commands
+        fits = [step for step in find(argv, texts) if step in pool.candidates]
         if len(fits) != 1:
             return None
         step = fits[0]
@@ -380,7 +386,8 @@ class AgentSteps:
         except SandboxError as error:
             log.info("cell %s: %s", self.live.id, error)  # it ended meanwhile
             return None
-        self._by_text.add(step)
+        confidence = BY_TEXT_CONFIDENCE if execs == 1 else BY_WORDS_CONFIDENCE
+        self._by_text[step] = min(confidence, self._by_text.get(step, 1.0))
         return step
 
     def _family(self, pid: int, place: int) -> list[int]:

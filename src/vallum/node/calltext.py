@@ -9,12 +9,14 @@ Not covered: agents that type into a shell that runs already, or change the comm
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 COMMAND_KEYS = ("command", "cmd", "script", "commands", "code", "bash_command", "shell")
 """Names of arguments that hold a command; where a call has one of them, its other texts do not count."""
 MAX_TEXTS = 64
+MAX_COMMAND_CHARS = 8192
 _EDGES = frozenset("'\"\n")
 _QUOTES = ("'\"'\"'", "'\\''")
 """How a shell word in single quotes holds one."""
@@ -50,6 +52,18 @@ def find_calls(argv: Sequence[str], texts: Mapping[int, Sequence[str]]) -> tuple
         return whole
     plain = [_unquote(word) for word in words]
     return tuple(step for step, its in texts.items() if any(_stands_in(text, word) for text in its for word in plain))
+
+
+def find_commands(argv: Sequence[str], texts: Mapping[int, Sequence[str]]) -> tuple[int, ...]:
+    """Which steps are of one simple command that is exactly this command line."""
+    return tuple(step for step, its in texts.items() if any(_split(text) == list(argv) for text in its))
+
+
+def _split(text: str) -> list[str]:
+    try:
+        return shlex.split(text) if len(text) <= MAX_COMMAND_CHARS else []
+    except ValueError:
+        return []
 
 
 def _unquote(word: str) -> str:

@@ -75,8 +75,8 @@ class StepWatcher(Protocol):
         """Whether a process that was started as one program is another now."""
         ...
 
-    def is_at_first_exec(self, pid: int) -> bool:
-        """Whether a process has executed one program since its fork and no other; False when nobody can say."""
+    def settled_execs_of(self, pid: int) -> int:
+        """How many programs a process has executed since its fork, surely; 0 when nobody can say."""
         ...
 
     def step_closing(self, live: LiveCell, step: int) -> Usage:
@@ -256,9 +256,9 @@ class LiveCell:
         """Whether another program has taken the place of the shell."""
         return self._watcher.was_replaced(shell.child.pid)
 
-    def is_at_first_exec(self, pid: int) -> bool:
-        """Whether a process has executed one program since its fork and no other; False when nobody can say."""
-        return self._watcher.is_at_first_exec(pid)
+    def settled_execs_of(self, pid: int) -> int:
+        """How many programs a process has executed since its fork, surely; 0 when nobody can say."""
+        return self._watcher.settled_execs_of(pid)
 
     # ------------------------------------------------------------------ vallum.sensors.base.CellView
 

@@ -125,9 +125,9 @@ class Watch:
         (``/proc`` is polled): what could be read there instead, the guest can forge."""
         return self._connector is not None and self._connector.execs_of(pid) > 1
 
-    def is_at_first_exec(self, pid: int) -> bool:
-        """Whether a process has executed one program since its fork and no other. Where ``/proc`` is polled nobody can say."""
-        return self._connector is not None and self._connector.is_at_first_exec(pid)
+    def settled_execs_of(self, pid: int) -> int:
+        """How many programs a process has executed; 0 when more may come at once, and where ``/proc`` is polled."""
+        return 0 if self._connector is None else self._connector.settled_execs_of(pid)
 
     def step_closing(self, live: LiveCell, step: int) -> Usage:
         """A step is about to be closed: what it did is told before. What it has used."""

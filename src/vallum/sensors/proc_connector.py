@@ -157,19 +157,20 @@ class ProcConnector:
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def is_at_first_exec(self, pid: int) -> bool:
-        """Whether ``pid`` has executed one program since its fork and no other, as far as the kernel has told by now: then
-        what was read of its arguments before is what it was started with. False also when that cannot be known."""
+    def settled_execs_of(self, pid: int) -> int:
+        """How many programs ``pid`` has executed since its fork, when that is all that the kernel has told by now: what was
+        read of its arguments before is then of the last one. 0 when more are waiting, or nobody knows."""
         member = self._members.get(pid)
-        if member is None or member.execs != 1:
-            return False
+        if member is None or not member.execs:
+            return 0
         is_more = True
         for _ in range(_AHEAD):
             if not (is_more := self._fill()):
                 break
         if self._ahead and self._loop is not None:
             self._loop.call_soon(self._read)  # when nothing comes after them, nobody else looks at them
-        return not is_more and not any(isinstance(event, Exec) and event.pid == pid for event in self._ahead)
+        is_settled = not is_more and not any(isinstance(event, Exec) and event.pid == pid for event in self._ahead)
+        return member.execs if is_settled else 0
 
     def _read(self) -> bool:
         """Take at most a batch; whether there may be more."""
