@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 import weakref
 
+from vallum.core.text import show
 from vallum.core.verdict import Decision
 from vallum.gateway.cell import GatewayCell, Owner
 from vallum.gateway.http.exchange import (
@@ -67,17 +68,19 @@ class ModelService:
             raise DeniedError(Decision(verdict="deny", rule="no-model-door", reason="this cell has no model"))
         path, _, query = head.target.partition("?")
         route = find_route(head.method, path)
+        if route is None:
+            # No call of a model, whoever asks: clients look whether anybody is there.
+            reason = f"there is no {show(head.method)} {show(path)} here"
+            await _send_error(exchange, route, 404, RefusedError(404, "no-such-api", reason))
+            return
         owner = await self._carrier.owner()
         if not is_capable(head.headers, query, door.capability):
             reason = "the key is not the one that this cell was given for its model"
             error = RefusedError(401, "model-capability", reason)
-            status = await self._calls.deny(_blank(route, head, owner, self._carrier.id), _new_id(), error)
-            await _send_error(exchange, route, status, error)
-            return
-        if route is None:
-            await _send_error(
-                exchange, route, 404, RefusedError(404, "no-such-api", f"there is no {head.method} {path[:200]} here")
+            asked = Asked(
+                route=route, body=b"", headers=(), agent=read_agent(head.headers), owner=owner, flow=self._carrier.id
             )
+            await _send_error(exchange, route, await self._calls.deny(asked, _new_id(), error), error)
             return
         if (coding := head.header(b"content-encoding")) not in (None, b"", b"identity"):
             assert coding is not None
@@ -93,6 +96,7 @@ class ModelService:
             return
         answer = await _answer(self._calls, self._carrier.cell, head, route, body, owner, self._carrier.id)
         exchange.tally.bytes_out = len(body)
+        exchange.tally.credential = door.credential
         answer.readers += 1
         try:
             await _give(exchange, answer)
@@ -111,7 +115,7 @@ async def serve_host_request(cell: GatewayCell, frame: ServeRequest) -> Served:
     path = frame.target.partition("?")[0]
     route = find_route(frame.method, path)
     if route is None:
-        error = DIALECTS["chat"].write_error(404, f"there is no {frame.method} {path[:200]} here", "no-such-api")
+        error = DIALECTS["chat"].write_error(404, f"there is no {show(frame.method)} {show(path)} here", "no-such-api")
         return Served(seq=frame.seq, status=404, headers=_JSON, body=dump(error).encode())
     headers = tuple((name.lower(), value) for name, value in frame.headers)
     head = RequestHead(
@@ -194,17 +198,13 @@ async def _give(exchange: Exchange, answer: Answer) -> None:
         await exchange.end()
 
 
-def _blank(route: Route | None, head: RequestHead, owner: Owner, flow: str) -> Asked:
-    fallback = Route(dialect="chat", operation="generate")
-    return Asked(route=route or fallback, body=b"", headers=(), agent=read_agent(head.headers), owner=owner, flow=flow)
-
-
 async def _send_error(exchange: Exchange, route: Route | None, status: int, error: RefusedError) -> None:
     dialect = DIALECTS[route.dialect if route is not None else "chat"]
     body = dump(dialect.write_error(status, error.reason, error.rule)).encode()
     headers = (*_JSON, (b"x-vallum-rule", error.rule.encode()), (b"x-should-retry", b"false"))
     await exchange.start(status, headers, length=len(body))
-    await exchange.send(body)
+    if exchange.head.method != "HEAD":
+        await exchange.send(body)
     await exchange.end()
 
 
