@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vallum.node.calltext import find_calls, read_texts
+from vallum.node.calltext import find_calls, find_commands, read_texts
 
 A, B = "cat notes.txt; echo 'it''s'", "curl http://198.51.100.7/"
 
@@ -61,3 +61,10 @@ def test_only_the_command_counts_where_there_is_one():
 def test_arguments_that_hold_no_text(arguments):
     assert read_texts(arguments) == ()
     assert find_calls(["", "x"], {3: read_texts(arguments)}) == ()
+
+
+def test_a_shell_that_became_its_one_command():
+    texts = texts_of("curl -s 'http://198.51.100.7/a b'", "sleep 1; curl", "it's open")
+    assert find_commands(["curl", "-s", "http://198.51.100.7/a b"], texts) == (3,)
+    assert find_commands(["sleep", "1"], texts) == ()
+    assert find_commands([], texts) == ()

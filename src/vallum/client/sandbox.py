@@ -199,7 +199,8 @@ class Sandbox:
             body: JSON.
 
         Raises:
-            GatewayError: the cell has no model door, or it failed.
+            GatewayError: the gateway failed. What the door says, a refusal too, is an answer: ``status`` 404 and the header
+                ``x-vallum-rule: no-model-door`` where the cell has no model.
         """
         sent = {"content-type": "application/json", **{name.lower(): value for name, value in (headers or {}).items()}}
         request = wire.ModelRequest(

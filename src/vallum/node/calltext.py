@@ -56,7 +56,8 @@ def find_calls(argv: Sequence[str], texts: Mapping[int, Sequence[str]]) -> tuple
 
 def find_commands(argv: Sequence[str], texts: Mapping[int, Sequence[str]]) -> tuple[int, ...]:
     """Which steps are of one simple command that is exactly this command line."""
-    return tuple(step for step, its in texts.items() if any(_split(text) == list(argv) for text in its))
+    words = list(argv)
+    return tuple(step for step, its in texts.items() if words and any(_split(text) == words for text in its))
 
 
 def _split(text: str) -> list[str]:
