@@ -328,3 +328,31 @@ async def test_small_questions(agent):
         assert counted.json() == {"totalTokens": 11}
         assert (await it.client.get(f"{it.door.url}/v1/files", headers=auth)).status_code == 404
         assert it.node.calls == []
+
+
+async def test_hanging_up_early_is_not_free(agent, monkeypatch):
+    monkeypatch.setattr("vallum.gateway.model.calls.ABANDONED_S", 0.05)
+    async with agent([Said(text="word " * 400, pieces=100, pause_s=0.02)], budget=ModelBudget(tokens=100)) as it:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(it.chat("tell me everything", stream=True), 0.5)
+        for _ in range(100):
+            if it.node.calls[-1].state == "closed":
+                break
+            await asyncio.sleep(0.02)
+        closed = it.node.calls[-1]
+        assert (closed.state, closed.finish) == ("closed", "error")
+        assert "nobody waited" in closed.reason
+        assert closed.completion_tokens > 10
+        for number in range(4):
+            last = await it.chat(f"more {number}")
+        assert last.status_code == 403
+
+
+async def test_a_stream_that_stays_open_after_its_end_is_over(agent):
+    end = b'data: {"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    raw = head + b"%x\r\n%b\r\n" % (len(end), end)
+    async with agent([Said(raw=raw, linger_s=5)]) as it:
+        began = asyncio.get_running_loop().time()
+        assert '"x"' in (await it.chat("x", stream=True)).text
+        assert asyncio.get_running_loop().time() - began < 2

@@ -10,6 +10,7 @@ asking after refusals is frozen before it is told to stop. Not covered: what a p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fnmatch
 import hashlib
 import logging
@@ -34,7 +35,7 @@ from vallum.gateway.model.dialects import DIALECTS
 from vallum.gateway.model.dialects.contract import DialectError, Json, Route
 from vallum.gateway.model.dialects.responses import items_of, output_items
 from vallum.gateway.model.fetch import Fetched, fetch
-from vallum.gateway.model.messages import Message, Part, Reply, Text, ToolResult, Usage, encode
+from vallum.gateway.model.messages import Message, Part, Reply, Text, ToolResult, encode
 from vallum.gateway.model.outcome import MAX_RECORD_CHARS, add_usage, explain, fail, told
 from vallum.gateway.model.plan import Plan, RefusedError, make_plan
 from vallum.gateway.model.relay import rejection
@@ -256,10 +257,9 @@ class ModelCalls:
             plan.give_back(self._spend)
             raise
         _remember(self._tools, call, tools, 4096)
-        used = Usage()
         closing: dict[str, Any] = {**known, "finish": "error"}
         try:
-            fetched, used = await self._decide(plan, asked, answer)
+            fetched = await self._decide(plan, asked, answer)
             self._refusals = 0
             reply = fetched.reply
             if reply.tool_calls:
@@ -267,43 +267,44 @@ class ModelCalls:
             self._branches.answered(place, call, Message("assistant", reply.parts), with_ids=with_ids)
             self._keep_said(plan, reply, asked)
             closing |= told(reply) | {"status": 200}
-            await self._close(plan, asked, call, used, closing, started_ns)
+            await self._close(plan, asked, call, closing, started_ns)
             answer.headers = ((b"x-vallum-call", call.encode()), *answer.headers)
             fetched.deliver(answer)
             self._last.keep(place.branch, key, answer)
         except RefusedError as error:
             closing |= {"verdict": "deny", "rule": error.rule, "reason": error.reason, "status": error.status}
-            await self._close(plan, asked, call, used, closing, started_ns)
+            await self._close(plan, asked, call, closing, started_ns)
             await self._count(error)
             fail(answer, plan.dialect, 404 if self._stopped else error.status, error.reason, error.rule)
         except (UpstreamRefusedError, DialectError, OSError) as error:
             status, words, retry_after = explain(error, plan)
             closing |= {"reason": words, "status": status}
-            await self._close(plan, asked, call, used, closing, started_ns)
+            await self._close(plan, asked, call, closing, started_ns)
             fail(answer, plan.dialect, status, words, "model-upstream", retry_after, cut=True)
         except asyncio.CancelledError:
             closing |= {"reason": "nobody waited for the answer any more"}
-            await asyncio.shield(self._close(plan, asked, call, used, closing, started_ns))
+            await asyncio.shield(self._close(plan, asked, call, closing, started_ns))
             raise
-        except NodeGoneError:
-            plan.give_back(self._spend)
+        except NodeGoneError as error:
+            closing |= {"finish": "error", "reason": f"nothing was passed on: {error}"}
+            with contextlib.suppress(NodeGoneError):
+                await self._close(plan, asked, call, closing, started_ns)
             raise
 
-    async def _decide(self, plan: Plan, asked: Asked, answer: Answer) -> tuple[Fetched, Usage]:
+    async def _decide(self, plan: Plan, asked: Asked, answer: Answer) -> Fetched:
         """Fetch replies until one may be passed on: what a person refuses is told to the model, which answers anew."""
-        total = Usage()
         for attempt in range(MAX_REGENERATIONS + 1):
             fetched = await fetch(plan, asked.agent, answer)
-            total = add_usage(total, fetched.reply.usage, plan, fetched.reply)
+            plan.is_answering = False
+            plan.used = add_usage(plan, fetched.reply)
             reasons = await self._review(plan, fetched.reply, asked)
             if not reasons:
-                return fetched, total
+                return fetched
             if attempt < MAX_REGENERATIONS:
                 results: list[Part] = [
                     ToolResult(call, (Text(words),), is_error=True) for call, words in rejection(fetched.reply, reasons)
                 ]
                 plan.extend((Message("assistant", fetched.reply.parts), Message("tool", tuple(results))))
-        plan.settle(self._spend, total)
         raise RefusedError(
             403,
             "model-hold",
@@ -343,10 +344,8 @@ class ModelCalls:
         )
         return list(steps)
 
-    async def _close(
-        self, plan: Plan, asked: Asked, call: str, used: Usage, closing: dict[str, Any], started_ns: int
-    ) -> None:
-        cost = plan.settle(self._spend, used)
+    async def _close(self, plan: Plan, asked: Asked, call: str, closing: dict[str, Any], started_ns: int) -> None:
+        cost = plan.settle(self._spend)
         duration_ns = mono_ns() - started_ns
         verdict: Verdict = closing.pop("verdict", "allow")
         await self._record(
@@ -354,9 +353,9 @@ class ModelCalls:
             "closed",
             call,
             verdict,
-            prompt_tokens=used.prompt_tokens,
-            completion_tokens=used.completion_tokens,
-            cached_tokens=used.cached_tokens,
+            prompt_tokens=plan.used.prompt_tokens,
+            completion_tokens=plan.used.completion_tokens,
+            cached_tokens=plan.used.cached_tokens,
             cost_usd_micros=cost,
             duration_ns=duration_ns,
             overhead_ns=max(0, duration_ns - plan.outside_ns),

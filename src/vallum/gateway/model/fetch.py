@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 
 from vallum.core.clock import mono_ns
@@ -20,6 +22,7 @@ from vallum.gateway.tls.termination import HandshakeError
 
 MAX_REPLY_BYTES = 32 * 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
+LAST_S = 0.1
 _EVENTS: Headers = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
 _JSON: Headers = ((b"content-type", b"application/json"),)
 
@@ -63,6 +66,7 @@ async def _ask(plan: Plan, server: HttpServer, answer: Answer) -> Fetched:
     try:
         if got.status != 200:
             raise await _read_error(got)
+        plan.is_answering, plan.received_bytes = True, 0
         if not got.header(b"content-type").startswith(b"text/event-stream"):
             return await _read_whole(plan, got)
         if not plan.request.stream:
@@ -87,6 +91,7 @@ async def _read_whole(plan: Plan, got: HttpAnswer) -> Fetched:
     began_ns = mono_ns()
     try:
         body = await got.read(MAX_REPLY_BYTES)
+        plan.received_bytes = len(body)
     finally:
         plan.outside_ns += mono_ns() - began_ns
     raw = parse_object(body, "the upstream's answer")
@@ -125,15 +130,18 @@ async def _read_stream(plan: Plan, got: HttpAnswer, answer: Answer) -> Fetched:
         relay = Translation(assembler, writer, hold_all=plan.holds_all)
     if not answer.has_begun:
         answer.begin(200, (*_EVENTS, (b"x-vallum-call", plan.call.encode())), is_stream=True)
-    reader, size = SseReader(), 0
+    reader, pieces = SseReader(), got.pieces()
     try:
-        async for piece in _timed(plan, got.pieces()):
-            size += len(piece)
-            if size > MAX_REPLY_BYTES:
+        async for piece in _timed(plan, pieces):
+            plan.received_bytes += len(piece)
+            if plan.received_bytes > MAX_REPLY_BYTES:
                 raise UpstreamError(f"the upstream's answer has more than {MAX_REPLY_BYTES} bytes")
             for event in reader.feed(piece):
                 answer.write(relay.feed(event))
+            if relay.is_over:
+                break
         reader.end()
+        await _finish(pieces)
     except SseError as error:
         raise DialectError(f"the upstream's stream is broken: {error}") from error
     reply = name_calls(relay.finish(), plan.call, plan.model)
@@ -143,6 +151,13 @@ async def _read_stream(plan: Plan, got: HttpAnswer, answer: Answer) -> Fetched:
         answer.end()
 
     return Fetched(reply, deliver)
+
+
+async def _finish(pieces: AsyncIterator[bytes]) -> None:
+    """Wait a moment for the end of a stream whose last event has come: then the connection can be used again."""
+    with contextlib.suppress(OSError, StopAsyncIteration):
+        async with asyncio.timeout(LAST_S):
+            await anext(pieces)
 
 
 async def _timed(plan: Plan, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -34,8 +34,9 @@ def told(reply: Reply) -> dict[str, Any]:
     }
 
 
-def add_usage(total: Usage, used: Usage, plan: Plan, reply: Reply) -> Usage:
-    """Usage of one more answer; what the upstream did not count is estimated, never free."""
+def add_usage(plan: Plan, reply: Reply) -> Usage:
+    """What the call has used with one more answer; what the upstream did not count is estimated, never free."""
+    total, used = plan.used, reply.usage
     prompt = used.prompt_tokens
     completion = used.completion_tokens
     if prompt is None:

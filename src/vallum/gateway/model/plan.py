@@ -20,6 +20,8 @@ from vallum.gateway.model.messages import Message, ModelRequest, Usage, estimate
 from vallum.gateway.model.upstreams.http import HttpServer
 from vallum.gateway.model.upstreams.told import Teller
 
+BYTES_PER_TOKEN = 64
+"""Of an answer as it is sent, at least, where nobody has counted."""
 _ENCODE = msgspec.json.Encoder().encode
 
 
@@ -76,6 +78,12 @@ class Plan:
         self.wants_events = wants_events
         self.outside_ns = 0
         """Time spent waiting for others: the upstream, a person."""
+        self.used = Usage()
+        """What the answers that came whole have used."""
+        self.is_answering = False
+        """An answer has begun and is not whole."""
+        self.received_bytes = 0
+        """Of that answer."""
         self._is_settled = False
         self._cost = 0
 
@@ -113,11 +121,17 @@ class Plan:
         self.sent = self.spoken.extend(self.sent, messages)
         self.request = msgspec.structs.replace(self.request, messages=self.request.messages + messages)
 
-    def settle(self, spend: Spend, used: Usage) -> int:
-        """Count what was used, once; what it cost."""
+    def settle(self, spend: Spend) -> int:
+        """Count what was used, once; what it cost. An answer that broke off is not free, whoever hung up."""
         if not self._is_settled:
             self._is_settled = True
-            self._cost = spend.settle(self.reserved, used, self.door.price)
+            if self.is_answering:
+                self.used = Usage(
+                    prompt_tokens=(self.used.prompt_tokens or 0) + estimate_tokens(self.request),
+                    completion_tokens=(self.used.completion_tokens or 0) + -(-self.received_bytes // BYTES_PER_TOKEN),
+                    cached_tokens=self.used.cached_tokens,
+                )
+            self._cost = spend.settle(self.reserved, self.used, self.door.price)
         return self._cost
 
     def give_back(self, spend: Spend) -> None:

@@ -38,6 +38,8 @@ class Said(msgspec.Struct, frozen=True, kw_only=True):
     """Between two events of a stream."""
     raw: bytes | None = None
     """Sent in the place of everything else, then the connection is closed."""
+    linger_s: float = 0.0
+    """How long after ``raw`` it is closed."""
     status: int = 200
 
 
@@ -90,6 +92,7 @@ class FakeModels(TcpFake):
             if said.raw is not None:
                 writer.write(said.raw)
                 await writer.drain()
+                await asyncio.sleep(said.linger_s)
                 return
             await _answer(machine, writer, asked, said)
             if machine.our_state is h11.MUST_CLOSE:
