@@ -32,7 +32,7 @@ class Handler(BaseHTTPRequestHandler):
             self.serve_git(body)
             return
         if self.path.startswith("/big/"):
-            self.serve_big(int(self.path.split("/")[2]))
+            self.serve_big(int(self.path.partition("?")[0].split("/")[2]))
             return
         said = {"method": self.command, "path": self.path, "headers": dict(self.headers.items())}
         said["body"] = body.decode("latin-1")

@@ -265,3 +265,28 @@ def test_java_over_clear_http_which_offers_h2c_is_read_as_http1(tmp_path: Path) 
             assert not {"upgrade", "http2-settings"} & {name.lower() for name in headers}
 
     inspect(tmp_path, scenario, Rule(id="only", host="mirror.test", ports=(80,), methods=("GET",), paths=("/pub/**",)))
+
+
+def peak_of(pid: int) -> int:
+    """Bytes that a process has had in memory at most."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def test_a_hundred_parallel_streams_of_one_connection_stay_flat_in_memory(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        with serve(world) as server:
+            code, _, err = await run(world, tmp_path, "curl", "-sS", "--http2", "https://mirror.test/big/1")
+            assert code == 0, err
+            before = peak_of(world.link.pid)
+            urls = "https://mirror.test/big/400000?[1-100]"
+            argv = ("curl", "-sS", "--http2", "-Z", "--parallel-max", "100", "-w", "%{http_code} %{size_download}\n")
+            code, out, err = await run(world, tmp_path, *argv, "-o", "/dev/null", urls)
+            assert code == 0, err
+            assert out.splitlines() == ["200 400000"] * 100, {e.reason for e in world.events if "ended" in e.reason}
+            assert len(server.requests) == 101
+            grown = peak_of(world.link.pid) - before
+            assert grown < 40_000_000, f"{grown} bytes more for 40 MB that passed"
+            assert len({e.flow for e in await world.settled(202, "http.request")}) <= 3
+
+    inspect(tmp_path, scenario, GETS)

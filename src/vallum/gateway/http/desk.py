@@ -28,6 +28,8 @@ from vallum.gateway.spending import purse_of
 from vallum.gateway.tls.termination import HandshakeError
 from vallum.rules.budgets import Usage
 
+MAX_CLOSING = 16
+"""Requests of one flow whose end is being recorded, before the next has to wait."""
 _GONE = Decision(verdict="deny", rule="internal-error", reason="the node did not answer, so nothing was sent")
 
 log = logging.getLogger(__name__)
@@ -63,11 +65,14 @@ class RequestDesk:
         self._carrier = carrier
         self._place = place
         self._services: dict[ServiceName, Service] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
-    def close(self) -> None:
-        """The flow is over."""
+    async def close(self) -> None:
+        """The flow is over. Returns when the end of each request has been recorded."""
         for service in self._services.values():
             service.close()
+        if self._closing:
+            await asyncio.wait(tuple(self._closing))
 
     def judge(self, head: RequestHead, owner: Owner) -> Judgement:
         """The verdict by the rules as they are now; a judge that fails denies."""
@@ -142,8 +147,20 @@ class RequestDesk:
             flows.discard(open_request)
             serving.cancel()
             await asyncio.wait({serving})
+            await self._close(exchange, decision, owner, judgement.service)
+
+    async def _close(self, exchange: Exchange, decision: Decision, owner: Owner, service: str) -> None:
+        """Record a request's end, without making the next one wait for it; few at once, so that none gets lost in a heap."""
+
+        async def record() -> None:
             with contextlib.suppress(NodeGoneError):
-                await self._record("closed", exchange.id, exchange, decision, owner, service=judgement.service)
+                await self._record("closed", exchange.id, exchange, decision, owner, service=service)
+
+        task = asyncio.create_task(record())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        if len(self._closing) > MAX_CLOSING:
+            await asyncio.wait(tuple(self._closing), return_when=asyncio.FIRST_COMPLETED)
 
     async def _run_service(self, exchange: Exchange, judgement: Judgement) -> None:
         name = judgement.service

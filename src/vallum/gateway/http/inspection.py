@@ -49,7 +49,7 @@ async def inspect(flow: GatewayFlow, sniffed: Sniffed, head: bytes) -> None:
     except MalformedFlowError as error:
         raise RefusedError(Decision(verdict="deny", rule="malformed", reason=str(error))) from error
     finally:
-        desk.close()
+        await desk.close()
 
 
 async def _end_tls(flow: GatewayFlow, sniffed: Sniffed, below: Stream) -> tuple[Stream, str]:
