@@ -78,6 +78,19 @@ def test_a_request_that_is_not_granted_is_refused_in_words(seen: dict) -> None:
     assert "POST" not in seen["heard"]["read.test"]
 
 
+def test_requests_are_charged_to_the_step_that_made_them(seen: dict) -> None:
+    (denied,) = [r for r in seen["requests"] if r["state"] == "denied" and r["method"] == "POST"]
+    assert (denied["host"], denied["path"], denied["rule"]) == ("read.test", "/", "method-mismatch")
+    opened = [r for r in seen["requests"] if r["state"] == "opened" and r["host"] == "read.test"]
+    assert {r["request"] for r in opened} == {
+        r["request"] for r in seen["requests"] if r["state"] == "closed" and r["host"] == "read.test"
+    }
+    assert len({r["scope"]["step"] for r in [*opened, denied]}) > 5
+    assert None not in {r["scope"]["step"] for r in [*opened, denied]}
+    inspected = {flow["flow"] for flow in flows(seen, "read", state="opened", inspected=True)}
+    assert {r["flow"] for r in [*opened, denied]} <= inspected
+
+
 def test_relayed_tls_to_the_right_server(seen: dict) -> None:
     assert seen["said"]["relay"] == {"code": 0, "out": "hello relay.test\n"}
     (opened,) = flows(seen, "relay", state="opened")

@@ -170,6 +170,7 @@ async def main(directory: Path) -> dict:
         "heard": {server.name: server.heard.decode("latin-1") for server in servers},
         "keys": keys,
         "flows": [event for event in events if event["kind"] == "net.flow"],
+        "requests": [event for event in events if event["kind"] == "http.request"],
     }
 
 
