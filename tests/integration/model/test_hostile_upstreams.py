@@ -5,8 +5,11 @@ import json
 import httpx
 import pytest
 
+from vallum.gateway.kit import Credential, Kit, ModelDoor
 from vallum.gateway.model import fetch
-from vallum.testing.fakes.models import Said
+from vallum.testing.certificates import PrivateAuthority
+from vallum.testing.fakes.models import FakeModels, Said
+from vallum.testing.model_door import CAPABILITY, ModelDoorServer
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
 PLAIN = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
@@ -141,3 +144,32 @@ async def test_nonsense_of_the_agent_is_a_readable_400(agent, path):
             assert reply.status_code == 400, (path, body, reply.text)
             assert reply.json()["error"]["message"]
         assert "stop_agent" not in it.node.log
+
+
+@pytest.mark.parametrize(
+    ("names", "trusted", "status"),
+    [(("localhost",), True, 200), (("localhost",), False, 502), (("other.test",), True, 502)],
+    ids=["trusted", "unknown authority", "another's name"],
+)
+async def test_the_upstreams_certificate_is_verified_before_the_key_is_sent(names, trusted, status):
+    authority = PrivateAuthority()
+    server = FakeModels([Said(text="x")])
+    server.tls = authority.serve(*names)
+    async with server:
+        kit = Kit(
+            upstream_roots=authority.certificate_pem if trusted else b"",
+            credentials=(Credential(name="k", hosts=("localhost",), secret=b"sk-secret"),),
+        )
+        url = f"https://localhost:{server.endpoints[0].port}"
+        door = ModelDoor(upstream=url, capability=CAPABILITY, credential="k")
+        async with ModelDoorServer(door, kit) as gateway, httpx.AsyncClient() as client:
+            asked = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+            reply = await client.post(
+                f"{gateway.url}/v1/chat/completions", json=asked, headers={"authorization": f"Bearer {CAPABILITY}"}
+            )
+        assert reply.status_code == status
+        if status == 200:
+            assert server.requests[0].headers["authorization"] == "Bearer sk-secret"
+        else:
+            assert server.requests == []
+            assert "certificate" in reply.json()["error"]["message"]

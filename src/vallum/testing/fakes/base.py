@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from types import TracebackType
@@ -98,6 +99,8 @@ class TcpFake(Fake):
     def __init__(self, endpoints: Iterable[Endpoint | tuple[str, int]]) -> None:
         super().__init__()
         self._wanted = [Endpoint(*endpoint) for endpoint in endpoints]
+        self.tls: ssl.SSLContext | None = None
+        """Set before it starts: it speaks TLS."""
         self._servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -128,7 +131,7 @@ class TcpFake(Fake):
             finally:
                 self._tasks.discard(task)
 
-        server = await asyncio.start_server(accept, wanted.host, wanted.port, backlog=1024)
+        server = await asyncio.start_server(accept, wanted.host, wanted.port, backlog=1024, ssl=self.tls)
         bound.append(Endpoint(wanted.host, server.sockets[0].getsockname()[1]))
         return server, bound[0]
 
