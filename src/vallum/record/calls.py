@@ -15,12 +15,14 @@ def describe_call(call: ToolCall) -> str:
         return call.arguments
     if arguments.argv is not None:
         return " ".join(_quote(word) for word in arguments.argv)
-    return arguments.command if arguments.command is not None else call.arguments
+    command = arguments.command if arguments.command is not None else arguments.cmd
+    return command if isinstance(command, str) else call.arguments
 
 
 class _Arguments(msgspec.Struct):
     argv: list[str] | None = None
-    command: str | None = None
+    command: object = None
+    cmd: object = None
 
 
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@%+=:,./-_")

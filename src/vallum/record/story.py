@@ -20,7 +20,10 @@ from vallum.core.events import (
     FileWrite,
     Finding,
     Flow,
+    HttpRequest,
     LedgerNote,
+    McpCall,
+    ModelCall,
     PacketDropped,
     ProcessExited,
     ProcessStarted,
@@ -38,7 +41,7 @@ from vallum.core.events import (
 )
 from vallum.record.calls import describe_call
 from vallum.record.chapters import CommandStory, EpisodeStory, FindingStory, ProcessStory, RunStory, StepStory
-from vallum.record.traffic import Span, Traffic, file_flow, file_packet, file_query
+from vallum.record.traffic import Refused, Span, Traffic, file_flow, file_packet, file_query, file_refusal
 
 KEPT = 500
 """Processes, commands, files and the like of one step that are told one by one; all are counted."""
@@ -73,6 +76,9 @@ class _Teller:
             ProcessStarted: self._process_started,
             ProcessExited: self._process_exited,
             Flow: self._flow,
+            HttpRequest: self._refusal,
+            ModelCall: self._refusal,
+            McpCall: self._refusal,
             DnsQuery: self._query,
             PacketDropped: self._packet,
             FileWrite: self._file,
@@ -94,7 +100,8 @@ class _Teller:
         story.records += 1
         at_ns = self._since_start(event)
         story.end_ns = max(story.end_ns, at_ns)
-        self._take[type(event)](record.id, event, at_ns)
+        if (take := self._take.get(type(event))) is not None:
+            take(record.id, event, at_ns)
 
     def _since_start(self, event: Event) -> int:
         """The monotonic clock is the truth within one boot; after a resume on another boot the wall clock has to do."""
@@ -141,6 +148,9 @@ class _Teller:
         step.left_running = event.left_running
         step.process_count = max(step.process_count, event.processes or 0)
         self._use(step, event.cpu_ns, event.memory_peak_bytes)
+        for command in step.commands:  # of calls that a model proposed nobody says how they ended
+            if command.span.end_ns is None:
+                command.span.end_ns = at_ns
 
     def _tool_call(self, number: int, event: ToolCall, at_ns: int) -> None:
         command = self._calls[number] = CommandStory(number, event.name, describe_call(event), Span(at_ns))
@@ -185,6 +195,11 @@ class _Teller:
             span.end_ns = at_ns
             entry.bytes_out += event.bytes_out
             entry.bytes_in += event.bytes_in
+
+    def _refusal(self, number: int, event: Refused, at_ns: int) -> None:
+        if event.state == "denied":
+            step = self._step(event, at_ns)
+            file_refusal(step.entries, number, event, at_ns, is_late=_is_late(step, at_ns))
 
     def _query(self, number: int, event: DnsQuery, at_ns: int) -> None:
         step = self._step(event, at_ns)

@@ -10,7 +10,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vallum.core.events import DnsQuery, Flow, PacketDropped, Process
+from vallum.core.events import DnsQuery, Flow, HttpRequest, McpCall, ModelCall, PacketDropped, Process
 from vallum.core.scope import Attribution
 
 KEPT_TARGETS = 512
@@ -19,7 +19,7 @@ KEPT_IDS = 20
 KEPT_ENTRIES = 300
 """Of one step; what is beyond goes into one entry a rule."""
 
-Kind = Literal["flow", "dns", "packet"]
+Kind = Literal["flow", "dns", "packet", "request"]
 
 
 @dataclass
@@ -166,6 +166,39 @@ def file_query(entries: Entries, number: int, event: DnsQuery, at_ns: int, *, is
     )
     entry.add(number, at_ns, f"{event.qname.rstrip('.')} {event.qtype}", event.process, is_late=is_late)
     entry.add_decision(event.decision_ns)
+    return entry
+
+
+Refused = HttpRequest | ModelCall | McpCall
+
+
+def file_refusal(entries: Entries, number: int, event: Refused, at_ns: int, *, is_late: bool) -> Traffic:
+    """Put a request that was read and refused where it belongs; its connection has an entry of its own."""
+    protocol: str
+    host: str | None
+    if isinstance(event, HttpRequest):
+        protocol, host, target = event.scheme, event.host, f"{event.method} {event.host}:{event.port}{event.path}"
+    elif isinstance(event, ModelCall):
+        protocol, host, target = "model", event.upstream or None, f"model {event.model}"
+    else:
+        protocol, host, target = "mcp", event.server, f"{event.server} {event.tool}"
+    key = ("request", protocol, host, event.rule, event.attribution.method)
+    entry = _entry(
+        entries,
+        key,
+        Traffic(
+            kind="request",
+            is_denied=True,
+            rule=event.rule,
+            reason=event.reason,
+            protocol=protocol,
+            host=host,
+            process=None,
+            attribution=event.attribution,
+            first_id=number,
+        ),
+    )
+    entry.add(number, at_ns, target, None, is_late=is_late)
     return entry
 
 
