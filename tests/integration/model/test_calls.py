@@ -224,6 +224,14 @@ async def test_the_key_and_headers_of_the_agent_stay_here(agent):
         assert all("sk-real" not in repr(event) for event in it.node.events)
 
 
+async def test_a_key_for_another_host_is_not_sent(agent):
+    kit = Kit(credentials=(Credential(name="k", hosts=("api.example.test",), secret=b"sk-real-secret"),))
+    async with agent([DONE], kit=kit, credential="k") as it:
+        assert (await it.chat("hi")).status_code == 500
+        assert it.server.requests == []
+        assert it.node.calls[-1].rule == "credential"
+
+
 async def test_a_canary_is_not_sent(agent):
     kit = Kit(canaries=(Canary(name="planted", value=b'line "one"\nline two'),))
     async with agent([DONE], kit=kit) as it:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -19,6 +20,7 @@ from vallum.gateway.model.dialects.responses import join_input
 from vallum.gateway.model.messages import Message, ModelRequest, Usage, estimate_tokens
 from vallum.gateway.model.upstreams.http import HttpServer
 from vallum.gateway.model.upstreams.told import Teller
+from vallum.rules.grants import Rule
 
 BYTES_PER_TOKEN = 64
 """Of an answer as it is sent, at least, where nobody has counted."""
@@ -213,13 +215,18 @@ def make_plan(
 
 
 def find_credential(kit: Kit, door: ModelDoor) -> Credential | None:
-    """The door's credential; None when it needs none. Raises RefusedError when it is missing."""
+    """The door's credential; None when it needs none. Raises RefusedError when it is missing, or not for the upstream."""
     if not door.credential:
         return None
-    for credential in kit.credentials:
-        if credential.name == door.credential:
-            return credential
-    raise RefusedError(500, "credential", f"the credential {door.credential} of the model door is not known")
+    credential = next((c for c in kit.credentials if c.name == door.credential), None)
+    if credential is None:
+        raise RefusedError(500, "credential", f"the credential {door.credential} of the model door is not known")
+    host = urlsplit(door.upstream).hostname or ""
+    if not any(pattern == host or Rule(id="", host=pattern).matches_name(host) for pattern in credential.hosts):
+        raise RefusedError(
+            500, "credential", f"the credential {door.credential} is not for {host}, so nothing was sent"
+        )
+    return credential
 
 
 def check_canaries(kit: Kit, body: bytes) -> bytes:
