@@ -98,6 +98,17 @@ async def test_kill_ends_a_stubborn_tree_in_time(make_cell: MakeCell) -> None:
     close_pipes(other)
 
 
+async def test_a_step_goes_on_after_a_kill(make_cell: MakeCell) -> None:
+    """A command that ran into its time limit is not the end of the step it belongs to."""
+    cell = await make_cell()
+    child = await start(cell, "exec sleep 600", step=3)
+    await cell.kill_step(3)
+    assert (await cell.wait(child)).signal == 9
+    close_pipes(child)
+    for step in (3, 3, 4):
+        assert (await sh(cell, "echo on", step=step)).text == "on"
+
+
 async def test_kill_outruns_a_fork_bomb(make_cell: MakeCell) -> None:
     """One that forks faster than a list of it can be read. By lineage a backend may end the whole cell and say so."""
     cell = await make_cell(limits=Limits(memory_bytes=None, pids=None))
