@@ -111,10 +111,14 @@ class CanaryScanner:
         """How many bytes at the end may be the beginning of a canary."""
         unclear = 0
         for _, form in self._forms:
-            for length in range(min(len(form) - 1, len(view)), max(CLEAR, unclear), -1):
-                if view.endswith(form[:length]):
-                    unclear = length
+            tail = view[-(len(form) - 1) :]
+            beginning = form[: CLEAR + 1]
+            at = tail.find(beginning)
+            while at >= 0 and len(tail) - at > unclear:
+                if form.startswith(tail[at:]):
+                    unclear = len(tail) - at
                     break
+                at = tail.find(beginning, at + 1)
         return unclear
 
 
