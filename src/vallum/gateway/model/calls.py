@@ -87,7 +87,7 @@ class ModelCalls:
         self._last = KeptAnswers(MAX_KEPT_BYTES)
         self._said: OrderedDict[str, tuple[list[Json], int]] = OrderedDict()
         self._said_bytes = 0
-        self._tools: OrderedDict[str, str] = OrderedDict()
+        self._tools: OrderedDict[str, bytes] = OrderedDict()
         self._open: set[str] = set()
         self._refusals = 0
         self._stopped = ""
@@ -238,25 +238,24 @@ class ModelCalls:
         tools = encode(request.tools, MAX_RECORD_CHARS) if request.tools else ""
         known: dict[str, Any] = {"branch": place.branch, "parent": place.parent, "model": request.model}
         known |= {"model_used": plan.model, "upstream": plan.origin, "stream": request.stream}
-        if place.goes_on in self._open:
-            self._open.discard(place.goes_on)
-            await self._cell.node.close_steps(self._cell.id, place.goes_on)
+        offered = hashlib.sha256(tools.encode()).digest()
+        opened = self._record(
+            asked,
+            "opened",
+            call,
+            messages=encode(request.messages[place.known :], MAX_RECORD_CHARS),
+            known=place.known,
+            digest=digest_request(request),
+            tools=tools if offered != self._tools.get(place.parent) else "",
+            stripped=plan.stripped,
+            **known,
+        )
         try:
-            await self._record(
-                asked,
-                "opened",
-                call,
-                messages=encode(request.messages[place.known :], MAX_RECORD_CHARS),
-                known=place.known,
-                digest=digest_request(request),
-                tools=tools if tools != self._tools.get(place.parent, "") else "",
-                stripped=plan.stripped,
-                **known,
-            )
+            await asyncio.gather(opened, self._close_steps(place.goes_on))
         except NodeGoneError:
             plan.give_back(self._spend)
             raise
-        _remember(self._tools, call, tools, 4096)
+        _remember(self._tools, call, offered, 4096)
         closing: dict[str, Any] = {**known, "finish": "error"}
         try:
             fetched = await self._decide(plan, asked, answer)
@@ -328,6 +327,12 @@ class ModelCalls:
                 if decision.verdict != "allow":
                     reasons[call.id] = f"refused by the operator ({decision.reason}); do something else"
         return reasons
+
+    async def _close_steps(self, branch: str) -> None:
+        """The branch has gone on: its steps are over, if it has any."""
+        if branch in self._open:
+            self._open.discard(branch)
+            await self._cell.node.close_steps(self._cell.id, branch)
 
     async def _open_steps(self, reply: Reply, asked: Asked, call: str, branch: str) -> list[int]:
         calls = [ProposedCall(id=c.id, name=c.name, arguments=c.arguments) for c in reply.tool_calls]
@@ -401,7 +406,7 @@ class ModelCalls:
         await self._cell.node.append(self._cell.id, event)
 
 
-def _remember(kept: OrderedDict[str, str], key: str, value: str, limit: int) -> None:
+def _remember(kept: OrderedDict[str, bytes], key: str, value: bytes, limit: int) -> None:
     kept[key] = value
     while len(kept) > limit:
         kept.popitem(last=False)
