@@ -120,9 +120,9 @@ class Node(Protocol):
         """Have questions leave now, where there is something else to do until they are answered."""
         ...
 
-    async def append(self, cell: str, event: AnyEvent, charge: Charge | None = None) -> int:
+    async def append(self, cell: str, event: AnyEvent, charge: Charge | None = None, *, soon: bool = False) -> int:
         """Id of the event once it is written. With ``charge`` the node first fills in whose it is, and writes nothing when
-        it cannot tell; a charge is used once. Raises NodeGoneError when it was not written."""
+        it cannot tell; a charge is used once. ``soon``: nothing waits for it but its own task. Raises NodeGoneError when it was not written."""
         ...
 
     async def open_steps(

@@ -596,5 +596,5 @@ class GatewayFlow:
             alpn=list(self.seen.alpn),
             inspected=self.is_inspected,
         )
-        await self.cell.node.append(self.cell.id, event, charge)
+        await self.cell.node.append(self.cell.id, event, charge, soon=state == "closed")
         self.is_recorded = True

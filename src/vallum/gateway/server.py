@@ -82,10 +82,11 @@ class GatewayServer:
         self._channel.send(Attribute(seq=seq, cell=cell, protocol=protocol, src=src, dst=dst), soon=True)
         return Charge(seq, future)
 
-    async def append(self, cell: str, event: AnyEvent, charge: Charge | None = None) -> int:
+    async def append(self, cell: str, event: AnyEvent, charge: Charge | None = None, *, soon: bool = False) -> int:
         """See :meth:`vallum.gateway.cell.Node.append`."""
         seq, future = self._open()
-        self._channel.send(Append(seq=seq, cell=cell, event=event, charge=None if charge is None else charge.number))
+        number = None if charge is None else charge.number
+        self._channel.send(Append(seq=seq, cell=cell, event=event, charge=number), soon=soon)
         try:
             answer = await future
         except OSError as error:  # TimeoutError and ConnectionError are

@@ -261,13 +261,15 @@ class Channel:
             return
         body = self._encoder.encode(frame)
         data = _HEADER.pack(len(body), len(fds)) + body
-        if soon and not fds:
-            if not self._soon:
-                self._loop.call_soon(self.flush)
-            self._soon += data
+        if fds:
+            self.flush()
+            self._queue(data, [os.dup(fd) for fd in fds])
             return
-        self.flush()
-        self._queue(data, [os.dup(fd) for fd in fds])
+        if soon and not self._soon:
+            self._loop.call_soon(self.flush)
+        self._soon += data
+        if not soon:
+            self.flush()
 
     def flush(self) -> None:
         """Send now what was to be sent soon."""
