@@ -157,3 +157,27 @@ async def test_a_timeout_ends_the_agent_and_all_that_its_calls_started(node, tar
     opened = [e["scope"]["step"] for e in events if e["kind"] == "step.opened"]
     closed = [e["scope"]["step"] for e in events if e["kind"] == "step.closed"]
     assert sorted(opened) == sorted(closed)
+
+
+async def test_an_agent_that_does_not_mind_refusals_is_frozen(node):
+    """Its budget is used up and it goes on asking: the kernel stops it, not a status."""
+    stubborn = b"""
+import os, urllib.error, urllib.request
+headers = {"authorization": "Bearer " + os.environ["OPENAI_API_KEY"], "content-type": "application/json"}
+while True:
+    body = b'{"model": "m", "messages": [{"role": "user", "content": "go"}]}'
+    try: urllib.request.urlopen(urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body, headers)).read()
+    except urllib.error.HTTPError: pass
+"""
+    budget = vallum.ModelBudget(calls=0)
+    async with node.sandbox(model=vallum.Model(upstream="scripted", script=b"[]", budget=budget)) as sb:
+        await sb.write_file("/tmp/agent.py", stubborn)
+        with pytest.raises(vallum.StepTimeout):
+            await sb.exec(["python3", "/tmp/agent.py"], timeout_s=5)
+        events = await node.events(run=sb.run)
+    (action,) = [e for e in events if e["kind"] == "containment.action"]
+    assert action["action"] == "freeze_cell"
+    refused = [e for e in events if e["kind"] == "model.call" and e["state"] == "denied"]
+    assert {e["rule"] for e in refused} == {"model-budget"}
+    assert action["latency_ns"] < 1e9
+    assert all(events.index(e) < events.index(action) for e in refused)  # nothing after it stood still

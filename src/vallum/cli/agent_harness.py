@@ -22,7 +22,7 @@ from vallum.cli.run import is_denial, print_summary
 from vallum.client.face import EventView, Node, Sandbox
 from vallum.client.model import Model
 from vallum.client.places import Places
-from vallum.core.errors import InvalidInput, VallumError
+from vallum.core.errors import Contained, InvalidInput, VallumError
 from vallum.core.scope import make_run_id
 
 WORK = "/work"
@@ -66,7 +66,7 @@ async def run_harness(places: Places, options: dict[str, Any], model: Model) -> 
                 place = await install_in_cell(sandbox, harness)
                 await sandbox.set_phase("run")
             async with follow(node, sandbox, _speaker(options)) as progress:
-                code = await _attend(sandbox, harness, place, options)
+                code = await _attend(sandbox, harness, place, options, progress)
             if options["show_diff"]:
                 for change in (await sandbox.diff()).changes:
                     click.echo(f"{change.change:8} {change.path}", err=True)
@@ -116,24 +116,35 @@ async def _rules(options: dict[str, Any], harness: Harness, *, in_setup: bool) -
         yield file.name
 
 
-async def _attend(sandbox: Sandbox, harness: Harness, place: str, options: dict[str, Any]) -> int:
+async def _attend(sandbox: Sandbox, harness: Harness, place: str, options: dict[str, Any], progress: Progress) -> int:
     def write(stream: str, data: bytes) -> None:
         is_out = stream == "stdout" and not options["as_json"]
         target = sys.stdout if is_out else sys.stderr
         target.buffer.write(data)
         target.flush()
 
-    result = await work(
-        sandbox,
-        harness,
-        options["task"],
-        place=place,
-        model=options["model_name"],
-        timeout_s=options["wall_s"],
-        workdir=WORK if options["work"] else None,
-        on_output=write,
+    working = asyncio.ensure_future(
+        work(
+            sandbox,
+            harness,
+            options["task"],
+            place=place,
+            model=options["model_name"],
+            timeout_s=options["wall_s"],
+            workdir=WORK if options["work"] else None,
+            on_output=write,
+        )
     )
-    return result.exit_code
+    stopping = asyncio.ensure_future(progress.stopped.wait())
+    try:
+        await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result().exit_code
+        raise Contained("the agent was stopped where it stood: see the containment.action in the record")
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
 
 
 def _speaker(options: dict[str, Any]) -> Callable[[str], None]:

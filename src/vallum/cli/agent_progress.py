@@ -30,6 +30,8 @@ class Progress:
     denied: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the cell was frozen: nothing in it goes on by itself."""
 
     def take(self, event: EventView) -> str:
         """Count an event; the line to show, empty when there is none."""
@@ -46,6 +48,10 @@ class Progress:
         if is_denial(event):
             self.denied += 1
             return f"  denied   step {step if step is not None else '?'}  {_target(event)}  rule {event['rule']}"
+        if event["kind"] == "containment.action":
+            if event["action"] == "freeze_cell":
+                self.stopped.set()
+            return f"  {event['action']}  {show(event['reason'], _WIDTH)}"
         if event["kind"] == "finding":
             return f"  finding  step {step}  {event['severity']}  {show(event['title'], _WIDTH)}"
         return ""
