@@ -37,9 +37,9 @@ url = urllib.parse.urlsplit(base)
 key = os.environ.get("OPENAI_API_KEY", "none")
 tools = [{"type": "function", "function": {"name": "bash", "description": "x" * 2000, "parameters": {"type": "object"}}}]
 
-def ask(conn, words, stream):
+def ask(conn, words, stream, talk=()):
     body = {"model": "m", "stream": stream, "tools": tools,
-            "messages": [{"role": "system", "content": "s" * 6000}, {"role": "user", "content": words}]}
+            "messages": [{"role": "system", "content": "s" * 6000}, *talk, {"role": "user", "content": words}]}
     started = time.perf_counter()
     conn.request("POST", url.path + "/chat/completions", json.dumps(body),
                  {"authorization": "Bearer " + key, "content-type": "application/json"})
@@ -57,8 +57,12 @@ if mode == "streams":
     [thread.join() for thread in threads]
     print("[]")
 else:
-    conn = connect()
-    print(json.dumps([ask(conn, "%s %d" % (mode, n), mode == "streamed") for n in range(count + 5)][5:]))
+    conn, talk, samples = connect(), [], []
+    for n in range(count + 5):
+        talk = talk if n % 10 else []  # conversations of ten calls
+        samples.append(ask(conn, "%s %d" % (mode, n), mode == "streamed", talk))
+        talk += [{"role": "user", "content": "%s %d" % (mode, n)}, {"role": "assistant", "content": "I called it."}]
+    print(json.dumps(samples[5:]))
 """
 
 

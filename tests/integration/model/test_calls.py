@@ -71,6 +71,14 @@ async def test_the_next_request_of_the_branch_closes_its_steps(agent):
         assert not calls[1].tools, "tools are told once"
 
 
+async def test_branches_that_nobody_comes_back_to_are_closed(agent, monkeypatch):
+    monkeypatch.setattr("vallum.gateway.model.calls.MAX_OPEN_STEPS", 3)
+    async with agent([CALL]) as it:
+        for number in range(5):
+            await it.chat(f"go {number}")
+        assert [entry for entry in it.node.log if "close_" in entry] == ["close_steps b1", "close_steps b2"]
+
+
 async def test_results_as_user_messages_go_on_in_the_branch(agent):
     async with agent([CALL, DONE]) as it:
         await it.chat("go")

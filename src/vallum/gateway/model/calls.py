@@ -54,6 +54,8 @@ MAX_REFUSALS = 12
 """So many refused calls in a row, and the agent is stopped."""
 ABANDONED_S = 10.0
 """How long a call goes on when nobody waits for it: a retry may come."""
+MAX_OPEN_STEPS = 192
+"""Steps of one cell that wait for their branch to go on; beyond it the oldest are closed."""
 ALLOWED = "model-door"
 _FINAL = frozenset({"model-budget", "model-hold", "canary"})
 """Refusals that asking again does not change."""
@@ -88,7 +90,8 @@ class ModelCalls:
         self._said: OrderedDict[str, tuple[list[Json], int]] = OrderedDict()
         self._said_bytes = 0
         self._tools: OrderedDict[str, bytes] = OrderedDict()
-        self._open: set[str] = set()
+        self._open: OrderedDict[str, int] = OrderedDict()
+        """Branches with open steps, and how many; the oldest first."""
         self._refusals = 0
         self._stopped = ""
         self._upstream: tuple[tuple[object, ...], Teller | HttpServer] | None = None
@@ -330,14 +333,17 @@ class ModelCalls:
 
     async def _close_steps(self, branch: str) -> None:
         """The branch has gone on: its steps are over, if it has any."""
-        if branch in self._open:
-            self._open.discard(branch)
+        if self._open.pop(branch, 0):
             await self._cell.node.close_steps(self._cell.id, branch)
 
     async def _open_steps(self, reply: Reply, asked: Asked, call: str, branch: str) -> list[int]:
         calls = [ProposedCall(id=c.id, name=c.name, arguments=c.arguments) for c in reply.tool_calls]
         process = asked.owner.process
-        self._open.add(branch)
+        self._open.pop(branch, 0)
+        # Branches that nobody came back to would fill what the node keeps open.
+        while self._open and sum(self._open.values()) + len(calls) > MAX_OPEN_STEPS:
+            await self._close_steps(next(iter(self._open)))
+        self._open[branch] = len(calls)
         steps = await self._cell.node.open_steps(
             self._cell.id,
             branch=branch,
