@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,11 @@ def bash(command):
     return {"name": "bash", "arguments": {"command": command}}
 
 
-async def work(home, script, *, allow=(), task="go", agent=AGENT):
+async def work(home, script, *, allow=(), task="go", agent=AGENT, level="ns"):
     """Let the agent work by a script; its events and what it printed."""
     model = vallum.Model(upstream="scripted", script=json.dumps(script).encode())
     async with vallum.Node(home=home) as node:
-        async with node.sandbox(model=model, allow=allow) as sb:
+        async with node.sandbox(model=model, allow=allow, level=level) as sb:
             await sb.write_file("/tmp/agent.py", agent)
             ran = await sb.exec(["python3", "/tmp/agent.py", task], timeout_s=30)
         events = await node.events(run=sb.run)
@@ -148,4 +149,25 @@ async def test_what_cannot_be_told_apart_is_charged_to_nobody_alone(home, target
         assert flow["scope"]["step"] == 0
         assert flow["attribution"]["candidates"] == [1, 2]
         assert flow["attribution"]["confidence"] == 0.5
+    assert target.received == []
+
+
+@pytest.mark.skipif(shutil.which("runsc") is None, reason="runsc is not installed")
+async def test_behind_a_kernel_of_its_own(home, target):
+    """Level gvisor: by lineage, as everything there; parallel calls are not told apart, and the record says so."""
+    late = f"(sleep 0.6; curl -s -m 3 {target.url}/late) >/dev/null 2>&1 & echo first"
+    pair = [f"sleep 0.{n}; curl -s -m 3 {target.url}/{n}" for n in (2, 3)]
+    script = [
+        {"tool_calls": [bash(late)]},
+        {"tool_calls": [bash("sleep 1.5")]},
+        {"tool_calls": [bash(c) for c in pair]},
+    ]
+    events, _ = await work(home, [*script, {"text": "finished"}], level="gvisor")
+    steps = steps_by_call(events)
+    denied = {e["process"]["argv"][-1].rpartition("/")[2]: e for e in flows_to(events, target.port, "denied")}
+    assert denied["late"]["scope"]["step"] == steps[late]
+    assert denied["late"]["attribution"]["method"] == "lineage"
+    for word in ("2", "3"):
+        assert denied[word]["scope"]["step"] == 0
+        assert denied[word]["attribution"]["candidates"] == [steps[text] for text in pair]
     assert target.received == []
