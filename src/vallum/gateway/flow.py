@@ -12,8 +12,6 @@ import contextlib
 import logging
 import secrets
 import socket
-import struct
-from ipaddress import ip_address
 from typing import Any, Literal
 
 import msgspec
@@ -23,6 +21,7 @@ from vallum.core.events import Flow, Protocol
 from vallum.core.text import keep, show
 from vallum.core.verdict import Decision, fail_closed
 from vallum.gateway.cell import GATEWAY_SERVICE, Charge, GatewayCell, NodeGoneError, Owner
+from vallum.gateway.conversation import answer_403, is_address, serve_dns
 from vallum.gateway.door import (
     Endpoint,
     connect_within,
@@ -60,7 +59,6 @@ DRIP_S = 0.005
 CONNECT_TIMEOUT_S = 10.0
 GUEST_GONE_CHECK_S = 0.5
 MAX_EVIDENCE_BYTES = 128
-_MAX_DNS_MESSAGES = 256
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +86,6 @@ async def serve_connection(cell: GatewayCell, conn: socket.socket, peer: Endpoin
             await flow.record("denied", fail_closed("the gateway"))
     finally:
         flow.end()
-
-
-def is_address(text: str) -> bool:
-    """Whether a server name is an address written out, as in ``Host: 10.0.0.7`` or ``Host: [fd00::1]``."""
-    try:
-        ip_address(text.strip("[]"))
-    except ValueError:
-        return False
-    return True
 
 
 class GatewayFlow:
@@ -415,21 +404,7 @@ class GatewayFlow:
         await self.record("denied", decision)
         if self.seen.protocol == "http" and not self.counters.bytes_in:
             with contextlib.suppress(TimeoutError, OSError):
-                await asyncio.wait_for(self._answer_403(decision), 1.0)
-
-    async def _answer_403(self, decision: Decision) -> None:
-        loop = asyncio.get_running_loop()
-        body = f"vallum: blocked by rule {decision.rule}: {show(decision.reason, 400)}\n".encode()
-        head = (
-            "HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain; charset=utf-8\r\n"
-            f"X-Vallum-Rule: {show(decision.rule)}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        await loop.sock_sendall(self.conn, head.encode("ascii", "replace") + body)
-        self.conn.shutdown(socket.SHUT_WR)
-        # Bytes left unread would turn the close into a reset, and the guest might never see the answer.
-        drained = 0
-        while drained < 1 << 20 and (data := await loop.sock_recv(self.conn, 65536)):
-            drained += len(data)
+                await asyncio.wait_for(answer_403(self.conn, decision), 1.0)
 
     # -- allowed -----------------------------------------------------------------------------------------
 
@@ -508,37 +483,14 @@ class GatewayFlow:
 
     async def _serve_dns(self) -> None:
         """Answer queries, whichever server was meant. What is no DNS is refused as a flow."""
-        for number in range(_MAX_DNS_MESSAGES):
-            try:
-                wire = await asyncio.wait_for(self._read_dns_message(), SNIFF_TIMEOUT_S)
-            except (TimeoutError, OSError, EOFError):
-                if number or not self.head:
-                    return
-                wire = b""
-            answer = await self.cell.answer_query(wire, "tcp", self.peer, self.dst) if wire else None
-            if answer is None:
-                self._decided()
-                self.seen = Sniffer().feed(self.head) or Sniffed("unknown")
-                reason = "port 53 is answered by the gateway, and this is no DNS query"
-                await self._refuse(Decision(verdict="deny", rule="protocol-mismatch", reason=reason))
-                return
-            self.head = b""
-            await asyncio.get_running_loop().sock_sendall(self.conn, struct.pack("!H", len(answer)) + answer)
-
-    async def _read_dns_message(self) -> bytes:
-        loop = asyncio.get_running_loop()
-        self.head = b""
-        wanted = 2
-        while len(self.head) < wanted:
-            data = await loop.sock_recv(self.conn, wanted - len(self.head))
-            if not data:
-                raise EOFError
-            self.head += data
-            if len(self.head) == 2:
-                wanted = 2 + struct.unpack("!H", self.head)[0]
-                if wanted > 2 + 4096:
-                    raise EOFError
-        return self.head[2:]
+        self.head = await serve_dns(
+            self.conn, lambda wire: self.cell.answer_query(wire, "tcp", self.peer, self.dst), SNIFF_TIMEOUT_S
+        )
+        if self.head:
+            self._decided()
+            self.seen = Sniffer().feed(self.head) or Sniffed("unknown")
+            reason = "port 53 is answered by the gateway, and this is no DNS query"
+            await self._refuse(Decision(verdict="deny", rule="protocol-mismatch", reason=reason))
 
     # -- recorded ----------------------------------------------------------------------------------------
 
