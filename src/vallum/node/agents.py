@@ -229,7 +229,8 @@ class AgentSteps:
                 return place, "argv", min(confidence, self._by_text[place])
             doubts = self._doubts(pid, place)
             return place, method, confidence / (1 + len(doubts))
-        step = self._tell_apart(pid, place, pool)
+        # By lineage a move counts by time for whoever lost his parents: there only runtimes are moved.
+        step = self._tell_apart(pid, place, pool) if method == "cgroup" else None
         if step is not None:
             return step, "argv", min(confidence, self._by_text[step])
         return pool.runtime.home, method, confidence / len(pool.candidates)

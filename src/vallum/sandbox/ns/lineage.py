@@ -110,11 +110,13 @@ def find_step(
     top = chain[-1]
     if not keeper.shells:
         return keeper.step, CERTAIN
-    if top in keeper.shells:
-        moves = keeper.shells[top]
-        if len(chain) == 1:
+    # The nearest one that is moved about: a shell, or the runtime of an agent, which may stand below a program that started it.
+    nearest = next((index for index, one in enumerate(chain) if one in keeper.shells), None)
+    if nearest is not None:
+        moves = keeper.shells[chain[nearest]]
+        if nearest == 0:
             return moves[-1][1], CERTAIN
-        decisive = chain[-2]
+        decisive = chain[nearest - 1]
     else:
         moves = sorted(move for moves in keeper.shells.values() for move in moves)
         decisive = top
