@@ -84,6 +84,17 @@ class Upstream:
         """The request is complete. Raises OSError as :meth:`send_head`."""
         await self._send(h11.EndOfMessage())
 
+    async def send_whole(self, method: str, target: str, headers: Headers, body: bytes) -> None:
+        """Send a request and its body in one piece: each piece wakes the server. Raises OSError as :meth:`send_head`."""
+        events = [
+            h11.Request(method=method, target=target, headers=list(headers)),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ]
+        data = b"".join(self._parser.send(event) or b"" for event in events)
+        self._counters.bytes_out += len(data)
+        await asyncio.wait_for(self._stream.send(data), IDLE_S)
+
     async def read_head(self) -> ResponseHead:
         """The final answer's head, or that of 101; other interim answers are passed over.
 

@@ -99,10 +99,8 @@ class HttpServer:
             framing: Headers = ((b"content-length", b"%d" % len(body)),) if method == "POST" else ()
             kind: Headers = ((b"content-type", b"application/json"),) if method == "POST" else ()
             fixed: Headers = ((b"host", self._authority.encode()), (b"accept-encoding", b"identity"))
-            await upstream.send_head(method, self._target(target), (*fixed, *kind, *headers, *framing))
-            if body:
-                await upstream.send_body(body)
-            await upstream.end_body()
+            every = (*fixed, *kind, *headers, *framing)
+            await upstream.send_whole(method, self._target(target), every, body)
             head = await upstream.read_head()
         except BaseException:
             upstream.close()
