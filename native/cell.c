@@ -3,10 +3,10 @@
  *   builder (caller's privilege)                      cell (PID 1 of new namespaces)
  *   open the layers as detached mounts
  *   clone3 ------------------------------------------> waits
- *   write id maps, put it into its cgroups
- *   "go" --------------------------------------------> network, staging tmpfs; "staged"
- *   map the layers' ids meanwhile
- *   enter its mount namespace, move layers in; "moved" > overlay, /proc, /dev, pivot_root, drop everything
+ *   write id maps
+ *   "go" --------------------------------------------> staging tmpfs; "staged"; network
+ *   put it into its cgroups, map the layers' ids meanwhile
+ *   enter its mount namespace, move layers in; "moved" > cgroup namespace, overlay, /proc, /dev, pivot_root, drop everything
  *   node <- pidfd, control socket, doors <------------- "ready", then serves commands
  *
  * With SPEC_SINGLE_ID (rootless) one id is mapped and the cell moves the layers in itself.
@@ -144,6 +144,14 @@ static int map_store(const struct spec *s) {
     return fd;
 }
 
+static void enter_cgroups(const struct spec *s, pid_t pid) {
+    char text[64];
+    snprintf(text, sizeof text, "%d\n", pid);
+    for (uint32_t i = 0; i < s->n_cgroups; i++)
+        if (write_file(s->cgroups[i], text) < 0)
+            fail(errno, "put the cell into its cgroup %s", s->cgroups[i]);
+}
+
 /* Wait for one byte of the other side; a message longer than that is its failure, which is passed on. */
 static void expect(int sync, char wanted, int *fds, int *count, uint32_t *mask) {
     struct message m;
@@ -246,8 +254,6 @@ static void run_cell(const struct spec *s, int sync, int control) {
     /* The node's session keyring must not be the guest's. */
     syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL);
     write_file("/proc/self/oom_score_adj", "300");
-    if (unshare(CLONE_NEWCGROUP) < 0)
-        fail(errno, "make a cgroup namespace");
     struct trees trees = {.count = 0};
     if (single)
         open_trees(s, &trees); /* before staging covers what may hold them */
@@ -258,9 +264,11 @@ static void run_cell(const struct spec *s, int sync, int control) {
         open_network(s, &doors);
     } else {
         say(sync, 's');
-        open_network(s, &doors); /* while the builder moves the layers in */
+        open_network(s, &doors); /* while the builder puts us into our cgroups and moves the layers in */
         expect(sync, 'm', NULL, NULL, NULL);
     }
+    if (unshare(CLONE_NEWCGROUP) < 0)
+        fail(errno, "make a cgroup namespace");
     if (s->flags & SPEC_RUNTIME) {
         set_limit(RLIMIT_CORE, 1);
         set_limit(RLIMIT_NOFILE, 65536);
@@ -318,12 +326,11 @@ void build_cell(int node, uint32_t id, int payload_fd, volatile pid_t *cell) {
     close(control[1]);
     map_ids(&s, pid);
     char text[64];
-    snprintf(text, sizeof text, "%d\n", pid);
-    for (uint32_t i = 0; i < s.n_cgroups; i++)
-        if (write_file(s.cgroups[i], text) < 0)
-            fail(errno, "put the cell into its cgroup %s", s.cgroups[i]);
+    if (single)
+        enter_cgroups(&s, pid);
     say(sync[0], 'g');
     if (!single) {
+        enter_cgroups(&s, pid); /* while the cell stages: the first move may wait for the kernel */
         snprintf(text, sizeof text, "/proc/%d/ns/user", pid); /* while the cell stages */
         int userns = open(text, O_RDONLY | O_CLOEXEC);
         if (userns < 0)

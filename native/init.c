@@ -112,8 +112,8 @@ static void prepare_due(int control, struct guard guard) {
     due_leaf = -1;
 }
 
-/* Keep a child waiting for a command of the next step. With `a` only when a child ends: until then there is other work.
- * Without a leaf: now, if it is still due. */
+/* Keep a child waiting for a command of the next step. With `a` only when a child ends, if there is one: until then there is
+ * other work. Without a leaf: now, if it is still due. */
 static void prepare(int control, struct guard guard, const struct message *m, int *fds, int count) {
     if (!count && !m->a) {
         if (due.id == m->id)
@@ -125,7 +125,7 @@ static void prepare(int control, struct guard guard, const struct message *m, in
     due_leaf = -1;
     if (count != 1 || guard.given || guard.single_id) {
         emit(control, E_FAILED, m->id, STAGE_CLONE, EBADMSG, NULL, 0);
-    } else if (m->a) {
+    } else if (m->a && n_children) {
         due = *m;
         due_leaf = fds[0];
         fds[0] = -1; /* ours now */
