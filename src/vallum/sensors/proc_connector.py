@@ -177,10 +177,13 @@ class ProcConnector:
         is_more = self._fill()
         while self._ahead:
             event = self._ahead.popleft()
+            pids = _pids_of(event)
+            if self._members.keys().isdisjoint(pids) and self._put_off_pids.isdisjoint(pids):
+                continue  # of the rest of the machine, nearly always
             if self._may_wait(event):
                 self._defer(event)
                 continue
-            if self._put_off and not self._put_off_pids.isdisjoint(_pids_of(event)):
+            if not self._put_off_pids.isdisjoint(pids):
                 self._take_put_off()  # in the order in which they happened: a number may be used again
             self._take_safely(event)
         return is_more
