@@ -111,7 +111,14 @@ class RequestDesk:
                 await self._record("denied", exchange.id, exchange, judgement.decision, owner)
                 await exchange.refuse(judgement.decision, judgement.status)
                 return
-            await self._record("opened", exchange.id, exchange, judgement.decision, owner, service=judgement.service)
+            try:
+                await self._record(
+                    "opened", exchange.id, exchange, judgement.decision, owner, service=judgement.service
+                )
+            except asyncio.CancelledError:
+                # It may have been written: then its end has to be, too.
+                await self._close(exchange, judgement.decision, owner, judgement.service)
+                raise
         except NodeGoneError as error:
             log.warning("cell %s: request refused: %s", self._carrier.cell.id, error)
             await exchange.refuse(_GONE, 503)
