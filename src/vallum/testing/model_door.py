@@ -70,9 +70,9 @@ class RecordingNode:
     def hurry(self) -> None:
         """As the protocol says."""
 
-    async def append(self, cell: str, event: AnyEvent, charge: Charge | None = None) -> int:
+    async def append(self, cell: str, event: AnyEvent, charge: Charge | None = None, *, soon: bool = False) -> int:
         """As the protocol says."""
-        del cell, charge
+        del cell, charge, soon
         self._check()
         self.events.append(event)
         self.log.append(f"append {event.state if isinstance(event, ModelCall) else type(event).__name__}")
