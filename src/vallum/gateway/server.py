@@ -6,7 +6,6 @@ Covered: when the control socket ends, the process ends, and with it every door 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import os
 import socket
@@ -21,6 +20,7 @@ from vallum.gateway.cell import Charge, GatewayCell, NodeGoneError
 from vallum.gateway.door import Endpoint
 from vallum.gateway.flow import serve_connection
 from vallum.gateway.names import HostResolver
+from vallum.gateway.services.model import serve_host_request
 from vallum.gateway.tls.upstream import Vetting
 from vallum.gateway.wire import (
     AddCell,
@@ -246,12 +246,10 @@ class GatewayServer:
         if frame.cell not in self._cells:
             return Failed(seq=frame.seq, error=f"the gateway serves no cell {frame.cell}")
         try:
-            door = importlib.import_module("vallum.gateway.services.model")
-            served: Frame = await door.serve_host_request(self._cells[frame.cell], frame)
+            return await serve_host_request(self._cells[frame.cell], frame)
         except Exception:  # whatever it failed of, the node is answered
             log.exception("cell %s: a request of the host failed", frame.cell)
             return Failed(seq=frame.seq, error="the model door failed; nothing more was sent: see the gateway's log")
-        return served
 
     def _add(self, frame: AddCell, doors: list[socket.socket]) -> None:
         self._cells[frame.cell] = GatewayCell(

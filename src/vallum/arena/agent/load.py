@@ -109,7 +109,7 @@ def crowd(address: Address, request: bytes, count: int) -> float:
 def main() -> None:
     what, count, host, port, name, target = sys.argv[1:7]
     found = socket.getaddrinfo(host, int(port), socket.AF_INET, socket.SOCK_STREAM)
-    address = found[0][4][0], int(port)
+    address = str(found[0][4][0]), int(port)
     last = make_request(name, target, is_last=True)
     if what == "kept":
         samples = list(kept(address, make_request(name, target, is_last=False), int(count)))
