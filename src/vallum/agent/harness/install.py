@@ -52,10 +52,11 @@ def make_install_argv(harness: Harness, directory: str, *, python: str = "python
     if harness.installer == "npm":
         return [
             "npm", "install", "--prefix", directory, "--no-audit", "--no-fund", "--ignore-scripts", "--no-save",
+            "--fetch-retries", "1",
             *harness.packages,
         ]  # fmt: skip
     return [
-        python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:",
+        python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "2", "--only-binary", ":all:",
         "--target", directory, *harness.packages,
     ]  # fmt: skip
 
