@@ -67,6 +67,9 @@ class RecordingNode:
         )
         return Charge(0, answer)
 
+    def hurry(self) -> None:
+        """As the protocol says."""
+
     async def append(self, cell: str, event: AnyEvent, charge: Charge | None = None, *, soon: bool = False) -> int:
         """As the protocol says."""
         del cell, charge, soon
