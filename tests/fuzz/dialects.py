@@ -8,10 +8,10 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["vallum.gateway.model"]):
+    from vallum.core.messages import chain_digests
     from vallum.gateway.model.dialects import DIALECTS
     from vallum.gateway.model.dialects.contract import DialectError, Route
     from vallum.gateway.model.dialects.fields import parse_object
-    from vallum.gateway.model.messages import chain_digests
     from vallum.gateway.model.sse import SseError, SseReader
 
 NAMES = list(DIALECTS)

@@ -278,7 +278,7 @@ class ModelCall(Event, frozen=True, tag="model.call"):
     retry_of: str = ""
     """The call whose answer was given again."""
     messages: str = ""
-    """JSON list: what is new since ``parent``, in the unified form of ``vallum.gateway.model.messages``. Opening event only."""
+    """JSON list: what is new since ``parent``, in the unified form of :mod:`vallum.core.messages`. Opening event only."""
     known: int = 0
     """How many messages of the conversation come before them: those of ``parent`` and its reply."""
     digest: str = ""

@@ -1,7 +1,7 @@
 """Which conversation a request goes on with."""
 
+from vallum.core.messages import Message, Reasoning, Text, ToolCall, ToolResult
 from vallum.gateway.model.branches import Branches
-from vallum.gateway.model.messages import Message, Reasoning, Text, ToolCall, ToolResult
 
 
 def user(words):

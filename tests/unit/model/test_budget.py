@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vallum.core.messages import Usage
 from vallum.gateway.kit import ModelBudget, ModelPrice
 from vallum.gateway.model.budget import OverBudgetError, Spend, cost_usd_micros
-from vallum.gateway.model.messages import Usage
 
 PRICE = ModelPrice(prompt_usd_micros=3_000_000, completion_usd_micros=15_000_000)
 

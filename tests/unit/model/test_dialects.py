@@ -8,10 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vallum.gateway.model.dialects import DIALECTS, find_route
-from vallum.gateway.model.dialects.contract import DialectError, Route
-from vallum.gateway.model.dialects.fields import parse_object
-from vallum.gateway.model.messages import (
+from vallum.core.messages import (
     Message,
     ModelRequest,
     Reasoning,
@@ -23,6 +20,9 @@ from vallum.gateway.model.messages import (
     Usage,
     fold,
 )
+from vallum.gateway.model.dialects import DIALECTS, find_route
+from vallum.gateway.model.dialects.contract import DialectError, Route
+from vallum.gateway.model.dialects.fields import parse_object
 from vallum.gateway.model.relay import write_whole
 from vallum.gateway.model.sse import SseReader
 

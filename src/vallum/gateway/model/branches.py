@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
-from vallum.gateway.model.messages import Message, ToolCall, ToolResult, chain_digests, digest_message
+from vallum.core.messages import Message, ToolCall, ToolResult, chain_digests, digest_message
 
 MAX_LINKS = 65536
 MAX_IDS = 16384

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from vallum.core.messages import Usage
 from vallum.gateway.kit import ModelBudget, ModelPrice
-from vallum.gateway.model.messages import Usage
 
 RESERVED_COMPLETION = 1024
 """Tokens that an answer is reckoned with until it has come."""

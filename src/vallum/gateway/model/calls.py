@@ -23,6 +23,7 @@ import msgspec
 from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.errors import InvalidInput
 from vallum.core.events import ModelCall
+from vallum.core.messages import Message, Part, Reply, Text, ToolResult, encode
 from vallum.core.text import show
 from vallum.core.verdict import Verdict
 from vallum.gateway.cell import GatewayCell, NodeGoneError, Owner
@@ -35,7 +36,6 @@ from vallum.gateway.model.dialects import DIALECTS
 from vallum.gateway.model.dialects.contract import DialectError, Json, Route
 from vallum.gateway.model.dialects.responses import items_of, output_items
 from vallum.gateway.model.fetch import Fetched, fetch
-from vallum.gateway.model.messages import Message, Part, Reply, Text, ToolResult, encode
 from vallum.gateway.model.outcome import MAX_RECORD_CHARS, add_usage, explain, fail, told
 from vallum.gateway.model.plan import Plan, RefusedError, make_plan
 from vallum.gateway.model.relay import rejection

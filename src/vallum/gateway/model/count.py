@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from vallum.core.messages import estimate_tokens
 from vallum.gateway.kit import Kit
 from vallum.gateway.model.client import forwarded_headers
 from vallum.gateway.model.dialects import DIALECTS
 from vallum.gateway.model.dialects.contract import DialectError, Route
 from vallum.gateway.model.dialects.fields import parse_object
 from vallum.gateway.model.dialects.hosted import name_hosted
-from vallum.gateway.model.messages import estimate_tokens
 from vallum.gateway.model.plan import RefusedError, check_canaries, find_credential
 from vallum.gateway.model.upstreams.http import HttpServer
 from vallum.gateway.tls.termination import HandshakeError

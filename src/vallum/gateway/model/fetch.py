@@ -7,12 +7,12 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 from vallum.core.clock import mono_ns
+from vallum.core.messages import Reply
 from vallum.gateway.http.client1 import UpstreamError
 from vallum.gateway.http.exchange import Headers
 from vallum.gateway.model.answer import Answer
 from vallum.gateway.model.dialects.contract import DialectError, Json
 from vallum.gateway.model.dialects.fields import dump, parse_object
-from vallum.gateway.model.messages import Reply
 from vallum.gateway.model.plan import Plan
 from vallum.gateway.model.relay import PassThrough, Relay, Translation, name_calls, write_whole
 from vallum.gateway.model.sse import SseError, SseReader

@@ -6,12 +6,12 @@ from typing import Any
 
 import msgspec
 
+from vallum.core.messages import Message, Reply, Usage, encode, estimate_tokens
 from vallum.core.text import show
 from vallum.gateway.http.exchange import Headers
 from vallum.gateway.model.answer import Answer
 from vallum.gateway.model.dialects.contract import Dialect
 from vallum.gateway.model.dialects.fields import dump
-from vallum.gateway.model.messages import Message, Reply, Usage, encode, estimate_tokens
 from vallum.gateway.model.plan import Plan
 from vallum.gateway.model.relay import write_error_event
 from vallum.gateway.model.upstreams.told import UpstreamRefusedError

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from vallum.core.messages import Message, ModelRequest, Usage, estimate_tokens
 from vallum.gateway.http.canaries import BodyScanner, FoundError
 from vallum.gateway.http.exchange import Headers
 from vallum.gateway.kit import Canary, Credential, Kit, ModelDoor
@@ -17,7 +18,6 @@ from vallum.gateway.model.dialects.contract import Dialect, DialectError, Json, 
 from vallum.gateway.model.dialects.fields import parse_object, string
 from vallum.gateway.model.dialects.hosted import name_hosted
 from vallum.gateway.model.dialects.responses import join_input
-from vallum.gateway.model.messages import Message, ModelRequest, Usage, estimate_tokens
 from vallum.gateway.model.upstreams.http import HttpServer
 from vallum.gateway.model.upstreams.told import Teller
 from vallum.rules.grants import Rule

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import msgspec
 
+from vallum.core.messages import Part, Reasoning, Reply, Text, ToolCall
 from vallum.gateway.model.dialects.contract import Assembler, Dialect, StreamWriter
 from vallum.gateway.model.dialects.fields import dump
-from vallum.gateway.model.messages import Part, Reasoning, Reply, Text, ToolCall
 from vallum.gateway.model.sse import SseEvent, rewrite_event, write_event
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote
 
+from vallum.core.messages import DialectName
 from vallum.gateway.model.dialects.chat import Chat
 from vallum.gateway.model.dialects.contract import Dialect, Route
 from vallum.gateway.model.dialects.gemini import Gemini
 from vallum.gateway.model.dialects.messages import Messages
 from vallum.gateway.model.dialects.responses import RESPONSES
-from vallum.gateway.model.messages import DialectName
 
 DIALECTS: dict[DialectName, Dialect] = {
     "chat": Chat(),

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from vallum.gateway.model.messages import Delta, DialectName, Message, ModelRequest, Reply
+from vallum.core.messages import Delta, DialectName, Message, ModelRequest, Reply
 from vallum.gateway.model.sse import SseEvent
 
 Json = dict[str, Any]

@@ -11,21 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from vallum.gateway.model.dialects.chat import check_calls, make_call
-from vallum.gateway.model.dialects.contract import DialectError, Fed, Headers, Json, Route
-from vallum.gateway.model.dialects.fields import (
-    count,
-    dump,
-    integer,
-    loads,
-    number,
-    obj,
-    objects,
-    parse_object,
-    string,
-)
-from vallum.gateway.model.dialects.hosted import keep_known, name_hosted, removed
-from vallum.gateway.model.messages import (
+from vallum.core.messages import (
     Delta,
     DialectName,
     Finish,
@@ -43,6 +29,20 @@ from vallum.gateway.model.messages import (
     fold,
     make_media,
 )
+from vallum.gateway.model.dialects.chat import check_calls, make_call
+from vallum.gateway.model.dialects.contract import DialectError, Fed, Headers, Json, Route
+from vallum.gateway.model.dialects.fields import (
+    count,
+    dump,
+    integer,
+    loads,
+    number,
+    obj,
+    objects,
+    parse_object,
+    string,
+)
+from vallum.gateway.model.dialects.hosted import keep_known, name_hosted, removed
 from vallum.gateway.model.sse import SseEvent, write_event
 
 _KNOWN = frozenset(

@@ -8,23 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vallum.gateway.model.dialects.chat import check_calls, make_call
-from vallum.gateway.model.dialects.contract import DialectError, Fed, Headers, Json, Route
-from vallum.gateway.model.dialects.fields import (
-    count,
-    dump,
-    integer,
-    loads,
-    names,
-    number,
-    obj,
-    objects,
-    parse_object,
-    required,
-    string,
-)
-from vallum.gateway.model.dialects.hosted import keep_known, name_hosted, removed
-from vallum.gateway.model.messages import (
+from vallum.core.messages import (
     Delta,
     DialectName,
     Finish,
@@ -42,6 +26,22 @@ from vallum.gateway.model.messages import (
     fold,
     make_media,
 )
+from vallum.gateway.model.dialects.chat import check_calls, make_call
+from vallum.gateway.model.dialects.contract import DialectError, Fed, Headers, Json, Route
+from vallum.gateway.model.dialects.fields import (
+    count,
+    dump,
+    integer,
+    loads,
+    names,
+    number,
+    obj,
+    objects,
+    parse_object,
+    required,
+    string,
+)
+from vallum.gateway.model.dialects.hosted import keep_known, name_hosted, removed
 from vallum.gateway.model.sse import SseEvent, write_event
 
 _KNOWN = names(

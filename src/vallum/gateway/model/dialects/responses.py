@@ -11,23 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vallum.core.clock import wall_ns
-from vallum.gateway.model.dialects.chat import check_calls, make_call, read_data_url, settle_choice
-from vallum.gateway.model.dialects.contract import DialectError, Fed, Headers, Json, Route
-from vallum.gateway.model.dialects.fields import (
-    arr,
-    count,
-    dump,
-    integer,
-    names,
-    number,
-    obj,
-    objects,
-    parse_object,
-    required,
-    string,
-)
-from vallum.gateway.model.dialects.hosted import is_web_address, keep_known, name_hosted, removed
-from vallum.gateway.model.messages import (
+from vallum.core.messages import (
     Delta,
     DialectName,
     Finish,
@@ -46,6 +30,22 @@ from vallum.gateway.model.messages import (
     fold,
     make_media,
 )
+from vallum.gateway.model.dialects.chat import check_calls, make_call, read_data_url, settle_choice
+from vallum.gateway.model.dialects.contract import DialectError, Fed, Headers, Json, Route
+from vallum.gateway.model.dialects.fields import (
+    arr,
+    count,
+    dump,
+    integer,
+    names,
+    number,
+    obj,
+    objects,
+    parse_object,
+    required,
+    string,
+)
+from vallum.gateway.model.dialects.hosted import is_web_address, keep_known, name_hosted, removed
 from vallum.gateway.model.sse import SseEvent, write_event
 
 _KNOWN = names(

@@ -12,7 +12,7 @@ import msgspec
 
 from vallum.core.errors import InvalidInput
 from vallum.core.events import ModelCall, decode
-from vallum.gateway.model.messages import ModelRequest, Reply, chain_digests
+from vallum.core.messages import ModelRequest, Reply, chain_digests
 from vallum.gateway.model.upstreams.told import UpstreamRefusedError
 
 

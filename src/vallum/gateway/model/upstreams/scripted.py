@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from vallum.core.errors import InvalidInput
-from vallum.gateway.model.messages import (
+from vallum.core.messages import (
     Finish,
     Message,
     ModelRequest,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from vallum.gateway.model.messages import ModelRequest, Reply
+from vallum.core.messages import ModelRequest, Reply
 
 
 class UpstreamRefusedError(Exception):
