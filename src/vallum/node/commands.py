@@ -26,7 +26,7 @@ from vallum.core.events import AnyEvent, ToolCall, ToolResult
 from vallum.core.scope import BY_NODE
 from vallum.core.text import keep
 from vallum.node.arguments import shorten
-from vallum.node.live import LiveCell, Shell, Step
+from vallum.node.live import CLOSE_AFTER_S, LiveCell, Shell, Step
 from vallum.node.output import Capture
 from vallum.node.shell import SHELLS, make_argv, make_nonce, make_script, parse_status
 from vallum.node.streams import Feed, Pump
@@ -215,6 +215,7 @@ class Call:
         """``opening`` is recorded before it, in the same write."""
         self._live = live
         self._step = step
+        self._name = name
         self._started_ns = clock.mono_ns()
         made = ToolCall(
             t_ns=clock.wall_ns(),
@@ -289,7 +290,8 @@ class Call:
     def close_own_step(self) -> None:
         """Close the step unless it was opened for several commands."""
         if not self._step.is_block:
-            self._live.close_step_soon(self._step)
+            # A shell answers so soon that there is no time for it while the next command line runs.
+            self._live.close_step_soon(self._step, CLOSE_AFTER_S if self._name == "exec" else 0)
 
 
 async def open_shell(live: LiveCell, request: wire.OpenSession, session: str) -> Shell:

@@ -178,13 +178,13 @@ class LiveCell:
             raise InvalidInput(f"step {index} of cell {self.id} {state}: open one with `async with sb.step()`")
         return found, []
 
-    def close_step_soon(self, step: Step) -> None:
+    def close_step_soon(self, step: Step, after_s: float = CLOSE_AFTER_S) -> None:
         """End a step, and say so in the record a moment later: when its command has been answered, and the next one, if it
-        comes at once, has been started. Any other request finds it in the record (:meth:`close_due`)."""
+        comes within ``after_s``, has been started. Any other request finds it in the record (:meth:`close_due`)."""
         step.is_open = False
         step.ended_ns = clock.mono_ns()
         if not self._due:
-            self._closing = asyncio.get_running_loop().call_later(CLOSE_AFTER_S, self.close_due)
+            self._closing = asyncio.get_running_loop().call_later(after_s, self.close_due)
         self._due.append(step)
 
     def settle(self) -> None:
