@@ -40,6 +40,9 @@ class CommandStory:
     timed_out: bool = False
     error: str = ""
     output_bytes: int | None = None
+    output_sha256: str = ""
+    source: str = "sdk"
+    """``sdk`` or ``model``: see ``vallum.core.events.ToolCall``."""
 
 
 @dataclass

@@ -49,13 +49,13 @@ KEPT = 500
 
 def fold(records: Iterable[Record]) -> RunStory:
     """Tell the story of a run from its records, given in their order."""
-    teller = _Teller()
+    teller = StoryTeller()
     for record in records:
         teller.take(record)
     return teller.story
 
 
-class _Teller:
+class StoryTeller:
     """The state of the fold: the story so far, and what is not over yet."""
 
     def __init__(self) -> None:
@@ -94,6 +94,7 @@ class _Teller:
         }
 
     def take(self, record: Record) -> None:
+        """Tell one record more; they come in their order."""
         event, story = record.event, self.story
         if story.records == 0:
             story.run, story.start_ns, self._mono_ns = event.scope.run, event.t_ns, event.mono_ns
@@ -153,7 +154,9 @@ class _Teller:
                 command.span.end_ns = at_ns
 
     def _tool_call(self, number: int, event: ToolCall, at_ns: int) -> None:
-        command = self._calls[number] = CommandStory(number, event.name, describe_call(event), Span(at_ns))
+        command = self._calls[number] = CommandStory(
+            number, event.name, describe_call(event), Span(at_ns), source=event.source
+        )
         commands = self._step(event, at_ns).commands
         if len(commands) < KEPT:
             commands.append(command)
@@ -163,6 +166,7 @@ class _Teller:
         if command is not None:
             command.span.end_ns, command.exit_code, command.timed_out = at_ns, event.exit_code, event.timed_out
             command.error, command.output_bytes = event.error, event.output_bytes
+            command.output_sha256 = event.output_sha256
 
     def _process_started(self, number: int, event: ProcessStarted, at_ns: int) -> None:
         step, before = self._step(event, at_ns), self._live.get(event.process.pid)
