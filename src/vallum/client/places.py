@@ -51,6 +51,11 @@ class Places:
         return self.state / "snapshots"
 
     @property
+    def packages(self) -> Path:
+        """Package files that the gateway keeps; its user's."""
+        return self.state / "packages"
+
+    @property
     def credentials(self) -> Path:
         """The owner's secrets, one file each."""
         return self.state / "credentials"

@@ -19,8 +19,18 @@ from vallum.core.errors import GatewayError
 from vallum.gateway.privilege_priv import close_other_descriptors, drop_privilege, raise_descriptor_limit
 from vallum.gateway.server import serve
 from vallum.gateway.services import load_services
+from vallum.gateway.services.packages import use_cache
 
 PRIORITY = -5
+
+
+def open_cache(fd: int | None) -> None:
+    """Keep package files in this directory. One that cannot be read only means that nothing is kept."""
+    if fd is not None:
+        try:
+            use_cache(fd)
+        except OSError as error:
+            logging.getLogger(__name__).warning("no package is kept: %s", error.strerror)
 
 
 def main() -> int:
@@ -29,6 +39,7 @@ def main() -> int:
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--uid", type=int, required=True)
     parser.add_argument("--gid", type=int, required=True)
+    parser.add_argument("--cache-fd", type=int, help="directory where package files are kept")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="vallum-gateway: %(levelname)s %(message)s")
     dns.rdata.load_all_types()  # type: ignore[no-untyped-call]
@@ -36,12 +47,14 @@ def main() -> int:
     # Ctrl-C in the owner's terminal is for the node to handle, which then ends the gateway.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        close_other_descriptors({0, 1, 2, options.control_fd})
+        cache = () if options.cache_fd is None else (options.cache_fd,)
+        close_other_descriptors({0, 1, 2, options.control_fd, *cache})
         raise_descriptor_limit()
         # What guests compute must not slow their judge.
         with contextlib.suppress(OSError):
             os.nice(PRIORITY)
         drop_privilege(options.uid, options.gid)
+        open_cache(options.cache_fd)
     except GatewayError as error:
         sys.stderr.write(f"vallum-gateway: {error}\n")
         return error.exit_code

@@ -134,11 +134,12 @@ class GatewayLink:
         gid: int,
         node: NodeSide,
         on_death: Callable[[str], None] | None = None,
+        cache_fd: int | None = None,
     ) -> GatewayLink:
         """Start the gateway as ``uid``:``gid`` (as root: any; otherwise the caller's own) and wait until it answers.
 
         ``on_death`` is called once with a reason when the gateway ends without :meth:`stop`: its doors are closed by then, so
-        cells have no way out.
+        cells have no way out. ``cache_fd``: a directory of that user where package files are kept; the caller's to close.
 
         Raises:
             GatewayError: it did not start; says why.
@@ -148,7 +149,8 @@ class GatewayLink:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-m", "vallum.gateway"),
                 *("--control-fd", str(theirs.fileno()), "--uid", str(uid), "--gid", str(gid)),
-                pass_fds=[theirs.fileno()],
+                *(() if cache_fd is None else ("--cache-fd", str(cache_fd))),
+                pass_fds=[theirs.fileno(), *(() if cache_fd is None else (cache_fd,))],
                 stdin=asyncio.subprocess.DEVNULL,
                 cwd="/",
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from vallum.gateway.link import GatewayLink, NodeSide
 from vallum.gateway.wire import Served
 from vallum.node.live import LiveCell
 from vallum.rules.grants import Ruleset
+
+log = logging.getLogger(__name__)
 
 GATEWAY_ID = 0x7FFF_0001
 """User and group of the gateway when the node is root: one that nobody and no cell has."""
@@ -28,12 +32,37 @@ def read_uid_map() -> str:
     return Path("/proc/self/uid_map").read_text("ascii")
 
 
+def open_cache(directory: Path, uid: int, gid: int) -> int | None:
+    """The directory of package files, made for this user and nobody else; its descriptor is the caller's to close.
+
+    What another user left there is deleted. None where it cannot be had: then nothing is kept.
+    """
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        if directory.lstat().st_uid != uid:
+            shutil.rmtree(directory)
+            directory.mkdir(mode=0o700)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fchmod(fd, 0o700)
+            if os.geteuid() == 0:
+                os.fchown(fd, uid, gid)
+        except OSError:
+            os.close(fd)
+            raise
+    except OSError as error:
+        log.warning("%s cannot be used (%s), so no package is kept", directory, error.strerror)
+        return None
+    return fd
+
+
 class Door:
     """The way out of every cell."""
 
-    def __init__(self, node: NodeSide) -> None:
-        """``node`` answers what the gateway asks."""
+    def __init__(self, node: NodeSide, packages: Path | None = None) -> None:
+        """``node`` answers what the gateway asks; in ``packages`` it keeps package files."""
         self._node = node
+        self._packages = packages
         self._link: GatewayLink | None = None
 
     async def start(self, on_death: Callable[[str], None]) -> dict[str, str]:
@@ -44,7 +73,12 @@ class Door:
         """
         has_own = os.geteuid() == 0 and is_mapped(GATEWAY_ID, read_uid_map())
         uid, gid = (GATEWAY_ID, GATEWAY_ID) if has_own else (os.geteuid(), os.getegid())
-        self._link = await GatewayLink.start(uid=uid, gid=gid, node=self._node, on_death=on_death)
+        cache = open_cache(self._packages, uid, gid) if self._packages is not None else None
+        try:
+            self._link = await GatewayLink.start(uid=uid, gid=gid, node=self._node, on_death=on_death, cache_fd=cache)
+        finally:
+            if cache is not None:
+                os.close(cache)
         if not has_own:
             return {"gateway.user": "degraded: the gateway runs as you, not as a user of its own; run the node as root"}
         return {"gateway.user": "enforced"}

@@ -91,7 +91,7 @@ class House:
         self._watch = Watch(self._recorder, self._find_any, self.contain)
         self._answers = Answers(self._watch.questions, self._recorder.emit)
         self._answers.steps = AgentKeeper(self._find_any)
-        self._door = Door(self._answers)
+        self._door = Door(self._answers, places.packages)
         self._control = Control(CredentialStore(places.credentials), redactor, self._door)
         self.approvals = Approvals(
             self._find_any, lambda: list(self._cells.values()), self._watch.questions, self._control
@@ -213,8 +213,9 @@ class House:
             image = self._snapshots.make_image(origin, rootless=not self._has_users)
         else:
             image = with_mounts(
-                await self._resolve(request.image), request.mounts, refuse=[self._places.state, self._places.runtime]
-            )
+                await self._resolve(request.image), request.mounts, user=request.user,
+                refuse=[self._places.state, self._places.runtime],
+            )  # fmt: skip
         environ = {**image.environ, **request.environ}
         return Image(
             ref=image.ref,

@@ -14,6 +14,7 @@ import contextlib
 
 from vallum.core.text import show
 from vallum.core.verdict import Decision
+from vallum.gateway.cell import GatewayCell
 from vallum.gateway.http.canaries import BodyScanner, FoundError, scan_head
 from vallum.gateway.http.client1 import ResponseHead, Upstream, UpstreamError, Upstreams
 from vallum.gateway.http.exchange import Carrier, DeniedError, Exchange, Headers, RequestHead
@@ -76,6 +77,34 @@ def write_headers(head: RequestHead, headers: Headers, *, default_port: int) -> 
     return ((b"host", host.encode()), *headers, *framing)
 
 
+def prepare_request(cell: GatewayCell, exchange: Exchange, headers: Headers) -> tuple[Headers, Masker]:
+    """All headers of a request that may leave, made of ``headers``, and what masks its credential in the answer.
+
+    Raises:
+        DeniedError: a canary is in the request's head, or the grant's credential may not go there.
+    """
+    head = exchange.head
+    try:
+        target, host = head.target.encode(), head.host.encode()
+        scan_head(cell.kit.canaries, [host, target, *(name + b": " + value for name, value in head.headers)])
+    except FoundError as error:
+        raise DeniedError(error.decision) from error
+    credential = find_credential(cell.kit, cell.rules.find(exchange.decision.rule), head.host)
+    masker = Masker(())
+    if credential is not None:
+        headers, secrets = inject(headers, credential)
+        masker = Masker(secrets)
+        exchange.tally.credential = credential.name
+    return write_headers(head, headers, default_port=443 if head.scheme == "https" else 80), masker
+
+
+def spend(cell: GatewayCell, exchange: Exchange, usage: Usage) -> None:
+    """Count what is used against the budget of the request's grant. Raises DeniedError when that is used up."""
+    denial = purse_of(cell).spend(cell.rules.find(exchange.decision.rule), usage)
+    if denial is not None:
+        raise DeniedError(denial)
+
+
 class Forward:
     """See :class:`~vallum.gateway.http.exchange.Service`."""
 
@@ -89,17 +118,9 @@ class Forward:
 
     async def serve(self, exchange: Exchange) -> None:
         """As :meth:`Service.serve`."""
-        head, kit = exchange.head, self._carrier.cell.kit
+        head = exchange.head
         rule = self._carrier.cell.rules.find(exchange.decision.rule)
-        self._scan(head, kit)
-        credential = find_credential(kit, rule, head.host)
-        headers, masker = head.headers, Masker(())
-        if credential is not None:
-            headers, secrets = inject(headers, credential)
-            masker = Masker(secrets)
-            exchange.tally.credential = credential.name
-        default_port = 443 if head.scheme == "https" else 80
-        headers = write_headers(head, headers, default_port=default_port)
+        headers, masker = prepare_request(self._carrier.cell, exchange, head.headers)
         has_body = head.streamed or bool(head.length)
         if head.upgrade == "websocket" and rule is not None and rule.websocket:
             await self._open_websocket(exchange, headers)
@@ -110,13 +131,6 @@ class Forward:
             if has_body or head.method not in IDEMPOTENT:
                 raise
             await self._attempt(exchange, headers, masker, fresh=True)
-
-    def _scan(self, head: RequestHead, kit: Kit) -> None:
-        try:
-            target, host = head.target.encode(), head.host.encode()
-            scan_head(kit.canaries, [host, target, *(name + b": " + value for name, value in head.headers)])
-        except FoundError as error:
-            raise DeniedError(error.decision) from error
 
     async def _attempt(self, exchange: Exchange, headers: Headers, masker: Masker, *, fresh: bool) -> None:
         head = exchange.head
@@ -213,11 +227,7 @@ class Forward:
         exchange.tally.bytes_out += len(data)
 
     def _spend(self, exchange: Exchange, usage: Usage) -> None:
-        """Raises DeniedError when the budget of the request's grant is used up."""
-        cell = self._carrier.cell
-        denial = purse_of(cell).spend(cell.rules.find(exchange.decision.rule), usage)
-        if denial is not None:
-            raise DeniedError(denial)
+        spend(self._carrier.cell, exchange, usage)
 
     async def _pass_back(self, exchange: Exchange, upstream: Upstream, answer: ResponseHead, masker: Masker) -> None:
         if answer.status == 101:
