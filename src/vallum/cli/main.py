@@ -18,6 +18,7 @@ COMMANDS = {
     "approve": "vallum.cli.approvals:approve",
     "bench": "vallum.cli.bench:bench",
     "credentials": "vallum.cli.credentials:credentials",
+    "data": "vallum.cli.data:data",
     "demo": "vallum.cli.demo:demo",
     "deny": "vallum.cli.approvals:deny",
     "diff": "vallum.cli.snapshots:diff",

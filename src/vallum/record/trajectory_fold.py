@@ -265,11 +265,11 @@ class TrajectoryTeller:
     def _new(self, episode: _Episode, branch: str) -> Trajectory:
         made = episode.branches[branch] = Trajectory(episode.run, episode.id, branch)
         if self._started is not None:
-            made.agent, made.version = _name_agent(self._started.command), self._started.version
+            made.agent, made.version = name_agent(self._started.command), self._started.version
         return made
 
 
-def _name_agent(command: list[str]) -> str:
+def name_agent(command: list[str]) -> str:
     """The harness that the run's command names; ``vallum`` for the reference agent."""
     if command[:2] != ["vallum", "agent"]:
         return "agent"

@@ -18,7 +18,7 @@ import msgspec
 
 from vallum.core.errors import RecordError
 from vallum.core.messages import Tool
-from vallum.record.export.base import ExportFile
+from vallum.record.export.base import ChosenRun, ExportFile
 from vallum.record.export.facts import describe_containment, file_stem
 from vallum.record.trajectory import Call, EpisodeTrajectories, Metrics, Trajectory, Turn
 
@@ -32,9 +32,9 @@ class AtifFormat:
 
     name = "atif"
 
-    def write(self, episodes: Iterable[EpisodeTrajectories]) -> Iterator[ExportFile]:
+    def write(self, runs: Iterable[ChosenRun]) -> Iterator[ExportFile]:
         """One file per root conversation. See :class:`vallum.record.export.base.ExportFormat`."""
-        for episode in episodes:
+        for episode in (episode for run in runs for episode in run.episodes):
             for root in episode.roots:
                 document = describe_trajectory(root, episode)
                 yield ExportFile(file_name(root.id), msgspec.json.format(_encode(document, root), indent=1) + b"\n")
