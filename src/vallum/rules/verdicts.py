@@ -57,10 +57,10 @@ def may_connect(rules: Ruleset, facts: FlowFacts, asker: Asker | None = None) ->
 
 
 def admits_server_first(rules: Ruleset, facts: FlowFacts, asker: Asker | None = None) -> bool:
-    """Whether a grant of this destination admits a protocol in which the server speaks first."""
-    if may_connect(rules, facts, asker).verdict != "allow":
+    """Whether a grant of this destination (one that holds, too) admits a protocol in which the server speaks first."""
+    if may_connect(rules, facts, asker).verdict == "deny":
         return False
-    usable, _ = _usable(rules.allow, facts, canonical(facts.dst_ip), asker, unknown=False)
+    usable, _ = _usable((*rules.allow, *rules.hold), facts, canonical(facts.dst_ip), asker, unknown=False)
     return any(SERVER_FIRST & set(rule.protocols_for(facts.dst_port)) for rule in usable)
 
 
