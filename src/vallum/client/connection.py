@@ -23,7 +23,10 @@ from vallum.client.places import Places
 from vallum.core.errors import BY_NAME, GuestFileError, InvalidInput, NodeError, StepTimeout, VallumError
 
 START_TIMEOUT_S = 30.0
-_PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "SSL_CERT_FILE")
+_PASSED_ON = (
+    *("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "SSL_CERT_FILE"),
+    *("VALLUM_OTLP_ENDPOINT", "VALLUM_OTLP_CONTENT", "OTEL_EXPORTER_OTLP_HEADERS"),
+)
 
 T = TypeVar("T")
 OnOutput = Callable[[str, bytes], None]

@@ -45,6 +45,7 @@ from vallum.node.recorder import Recorder, RunBook
 from vallum.node.redaction import LogFilter, Redactor
 from vallum.node.snapshots import Ground, Snapshots, describe, settle_terms
 from vallum.node.spares import Spares, make_cell_id
+from vallum.node.telemetry import make_feed
 from vallum.node.trust import Trust
 from vallum.node.watch import Watch
 from vallum.sandbox.base import Backend, CellSpec, Image
@@ -111,6 +112,8 @@ class House:
             ControlMissing: cells cannot be had here at all.
         """
         self._recorder.close_interrupted()
+        self._recorder.feed, told = make_feed(os.environ)
+        self.tiers.update(told)
         self._trust.start()
         for backend in self._backends.values():
             await backend.start()
@@ -133,6 +136,8 @@ class House:
             await backend.stop()
         self._trust.stop()
         self._recorder.close_all("node_stopped")
+        if self._recorder.feed is not None:
+            await asyncio.to_thread(self._recorder.feed.stop)
 
     # ------------------------------------------------------------------ cells
 

@@ -23,11 +23,13 @@ from vallum.core.events import (
     ProcessStarted,
     Record,
     RunEnded,
+    SensorStatus,
     StepOpened,
 )
 from vallum.core.scope import BY_NODE, Scope
 from vallum.detectors.bank import DetectorBank
 from vallum.node.redaction import Redactor
+from vallum.node.telemetry import CONTROL, SpanFeed
 from vallum.record.chain import read_anchor
 from vallum.record.ledger import Ledger
 from vallum.record.reader import decode_line, is_live, list_ids, read_lines
@@ -70,8 +72,16 @@ class Tally:
 class RunBook:
     """One run: its ledger, its detectors and its counts."""
 
-    def __init__(self, run: str, ledger: Ledger, on_blind: Callable[[str, str], None], redactor: Redactor) -> None:
+    def __init__(
+        self,
+        run: str,
+        ledger: Ledger,
+        on_blind: Callable[[str, str], None],
+        redactor: Redactor,
+        feed: SpanFeed | None = None,
+    ) -> None:
         self.run = run
+        self._feed = feed
         self.ledger = ledger
         self._redactor = redactor
         self.holders: set[int] = set()
@@ -121,6 +131,8 @@ class RunBook:
                 self._blind = True
                 self._on_blind(self.run, str(error))
             raise
+        if self._feed is not None:
+            self._feed.take([Record(id=number, event=event) for number, event in zip(numbers, events, strict=True)])
         for number, event in zip(numbers, events, strict=True):
             self._count(event)
             if isinstance(event, Finding):
@@ -147,6 +159,8 @@ class Recorder:
     def __init__(self, runs_dir: Path, on_blind: Callable[[str, str], None], redactor: Redactor | None = None) -> None:
         """``redactor`` takes registered secrets out of every event before it is written."""
         self._redactor = redactor or Redactor()
+        self.feed: SpanFeed | None = None
+        """Is told of every event after it was written; of the runs that are opened from then on."""
         self._runs_dir = runs_dir
         self._on_blind = on_blind
         self._books: dict[str, RunBook] = {}
@@ -164,7 +178,7 @@ class Recorder:
             ledger = Ledger.open(self._runs_dir, run)
         else:
             ledger = Ledger.create(self._runs_dir, run)
-        book = self._books[run] = RunBook(run, ledger, self._on_blind, self._redactor)
+        book = self._books[run] = RunBook(run, ledger, self._on_blind, self._redactor, self.feed)
         book.episodes |= _read_episodes(self._runs_dir / run)
         return book, True
 
@@ -193,6 +207,19 @@ class Recorder:
         if book is None:
             return
         try:
+            if self.feed is not None and (lost := self.feed.forget(run)):
+                book.emit(
+                    SensorStatus(
+                        t_ns=clock.wall_ns(),
+                        mono_ns=clock.mono_ns(),
+                        scope=Scope(run=run),
+                        attribution=BY_NODE,
+                        sensor=CONTROL,
+                        state="degraded",
+                        detail="the OTLP collector was not told of everything; the record has it all",
+                        dropped=lost,
+                    )
+                )
             book.emit(
                 RunEnded(
                     t_ns=clock.wall_ns(),
