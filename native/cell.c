@@ -73,6 +73,10 @@ static void parse(struct spec *s, int payload_fd) {
         l->writable = take_u32(&p);
         l->upper_dir = take_str(&p);
         l->sealed = take_u32(&p);
+        l->swaps = take_u32(&p);
+        uint32_t *ids[] = {&l->uid.disk, &l->uid.guest, &l->gid.disk, &l->gid.guest};
+        for (size_t j = 0; l->swaps && j < sizeof ids / sizeof *ids; j++)
+            *ids[j] = take_u32(&p);
         l->lowers = take_list(&p, &l->count, 500);
         total += l->count + 1;
         if (l->count < 1 || l->sealed > l->count || l->at[0] != '/')
@@ -111,14 +115,9 @@ static void map_ids(const struct spec *s, pid_t pid) {
         fail(errno, "map user ids into the user namespace");
 }
 
-/* A user namespace in which the store's ids are the cell's: sealed layers are seen through it. -1 when none is needed.
- * The kernel takes ids from namespaces only, so a child makes one, and is gone when it has been opened. */
-static int map_store(const struct spec *s) {
-    bool needed = false;
-    for (uint32_t i = 0; i < s->n_layers; i++)
-        needed = needed || s->layers[i].sealed;
-    if (!needed)
-        return -1;
+/* A user namespace with these maps, for mounts that are seen through it. The kernel takes ids from namespaces only, so a
+ * child makes one, and is gone when it has been opened. */
+static int make_userns(const char *gid_map, const char *uid_map, const char *what) {
     int pidfd = -1;
     struct clone_args args = {.flags = CLONE_NEWUSER | CLONE_PIDFD, .exit_signal = SIGCHLD, .pidfd = (uint64_t)(uintptr_t)&pidfd};
     pid_t pid = (pid_t)syscall(SYS_clone3, &args, sizeof args);
@@ -127,21 +126,58 @@ static int map_store(const struct spec *s) {
         for (;;)
             pause();
     }
-    char path[64], text[64];
+    char path[64];
     int fd = -1;
-    snprintf(text, sizeof text, "%u %u %u\n", s->store, s->base, s->range);
     for (int i = 0; pid > 0 && i < 2; i++) {
         snprintf(path, sizeof path, "/proc/%d/%cid_map", pid, "gu"[i]);
-        if (write_file(path, text) < 0)
-            fail(errno, "map the ids of sealed layers");
+        if (write_file(path, i ? uid_map : gid_map) < 0) {
+            int err = errno;
+            kill(pid, SIGKILL);
+            fail(err, "map the ids of %s", what);
+        }
     }
     snprintf(path, sizeof path, "/proc/%d/ns/user", pid);
     if (pid < 0 || (fd = open(path, O_RDONLY | O_CLOEXEC)) < 0)
-        fail(errno, "make a user namespace for sealed layers");
+        fail(errno, "make a user namespace for %s", what);
     kill(pid, SIGKILL);
     waitpid(pid, NULL, 0);
     close(pidfd);
     return fd;
+}
+
+/* In which the store's ids are the cell's: sealed layers are seen through it. -1 when none is needed. */
+static int map_store(const struct spec *s) {
+    bool needed = false;
+    for (uint32_t i = 0; i < s->n_layers; i++)
+        needed = needed || s->layers[i].sealed;
+    if (!needed)
+        return -1;
+    char text[64];
+    snprintf(text, sizeof text, "%u %u %u\n", s->store, s->base, s->range);
+    return make_userns(text, text, "sealed layers");
+}
+
+/* The map of a cell with two ids swapped. Beyond the cell's range there is nothing to swap with: only `disk` is seen. */
+static void write_swapped(const struct spec *s, const struct swap *w, char *text, size_t room) {
+    uint32_t first = w->disk < w->guest ? w->disk : w->guest, last = w->disk < w->guest ? w->guest : w->disk;
+    uint32_t cuts[] = {0, first, last, s->range};
+    size_t n = (size_t)snprintf(text, room, "%u %u 1\n", w->disk, s->base + w->guest);
+    if (w->disk < s->range && first != last)
+        n += (size_t)snprintf(text + n, room - n, "%u %u 1\n", w->guest, s->base + w->disk);
+    for (int i = 0; i < 3; i++) {
+        uint32_t from = cuts[i] + (i > 0 && cuts[i] < s->range), to = cuts[i + 1] < s->range ? cuts[i + 1] : s->range;
+        if (from < to)
+            n += (size_t)snprintf(text + n, room - n, "%u %u %u\n", from, s->base + from, to - from);
+    }
+}
+
+int map_swapped(const struct spec *s, const struct layer *l) {
+    char uids[256], gids[256];
+    if (l->uid.guest >= s->range || l->gid.guest >= s->range)
+        fail(EINVAL, "give the layer %s to a user that no cell has", l->lowers[0]);
+    write_swapped(s, &l->uid, uids, sizeof uids);
+    write_swapped(s, &l->gid, gids, sizeof gids);
+    return make_userns(gids, uids, l->lowers[0]);
 }
 
 static void enter_cgroups(const struct spec *s, pid_t pid) {

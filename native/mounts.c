@@ -147,10 +147,16 @@ void open_trees(const struct spec *s, struct trees *trees) {
 
 void map_trees(const struct spec *s, struct trees *trees, int userns, int store_userns) {
     int n = 0;
-    for (uint32_t i = 0; i < s->n_layers; i++)
-        for (uint32_t j = 0; j < s->layers[i].count; j++)
-            if (restrict_mount(trees->fds[n++], SAFE | MOUNT_ATTR_RDONLY | MOUNT_ATTR_IDMAP, j < s->layers[i].sealed ? store_userns : userns) < 0)
-                fail(errno, "map the ids of the layer %s", s->layers[i].lowers[j]);
+    for (uint32_t i = 0; i < s->n_layers; i++) {
+        const struct layer *l = &s->layers[i];
+        bool swaps = l->swaps && (l->uid.disk != l->uid.guest || l->gid.disk != l->gid.guest);
+        int own = swaps ? map_swapped(s, l) : -1;
+        for (uint32_t j = 0; j < l->count; j++)
+            if (restrict_mount(trees->fds[n++], SAFE | MOUNT_ATTR_RDONLY | MOUNT_ATTR_IDMAP, j < l->sealed ? store_userns : own >= 0 ? own : userns) < 0)
+                fail(errno, "map the ids of the layer %s", l->lowers[j]);
+        if (own >= 0)
+            close(own);
+    }
 }
 
 static void make_quota(const struct spec *s);
@@ -199,6 +205,8 @@ static void make_quota(const struct spec *s) {
         for (size_t j = 0; j < sizeof parts / sizeof *parts; j++) {
             snprintf(path, sizeof path, QUOTA "/%d%s", upper, parts[j]);
             if (mkdir(path, 0755) < 0)
+                fail(errno, "make the directories of the quota on disk");
+            if (j == 1 && s->layers[i].swaps && chown(path, s->layers[i].uid.guest, s->layers[i].gid.guest) < 0)
                 fail(errno, "make the directories of the quota on disk");
         }
         upper++;

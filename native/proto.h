@@ -60,9 +60,14 @@ const char *take_str(struct payload *p);   /* never NULL; "" and .bad when malfo
 const char **take_list(struct payload *p, uint32_t *count, uint32_t most); /* NULL-terminated */
 
 /* --- cell.c, mounts.c, net.c --- */
+struct swap {
+    uint32_t disk, guest;                  /* the id on disk that is seen as the guest's id `guest`, and the other way round */
+};
 struct layer {
     const char *at, *upper_dir;
     uint32_t writable, count, sealed;      /* the first `sealed` lowers are owned by the store's ids */
+    bool swaps;                            /* owners of the other lowers are swapped, and the layer is uid.guest's: */
+    struct swap uid, gid;
     const char **lowers;
 };
 struct spec {
@@ -88,6 +93,7 @@ struct trees {
     int count;
 };
 void open_trees(const struct spec *spec, struct trees *trees);
+int map_swapped(const struct spec *spec, const struct layer *layer); /* cell.c: a user namespace with its ids swapped */
 void map_trees(const struct spec *spec, struct trees *trees, int userns, int store_userns);
 void stage_make(const struct spec *spec);
 void stage_move(const struct spec *spec, struct trees *trees);

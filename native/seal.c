@@ -44,6 +44,7 @@
 struct place {
     int fd;
     uint32_t base; /* the host id that its id 0 is */
+    const struct swap *swaps; /* of user ids and of group ids, when they are seen swapped; else NULL */
     int mode;      /* that it had before we opened it to ourselves; -1: we did not */
 };
 struct name {
@@ -119,7 +120,7 @@ static int open_file(int at, const char *name) {
 
 /* The same for a directory, which stays open to us until give_back(). */
 static struct place open_directory(int at, const char *name, uint32_t base, bool may_open) {
-    struct place place = {-1, base, -1};
+    struct place place = {.fd = -1, .base = base, .mode = -1};
     struct stat st;
     int held = openat(at, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (held < 0 || fstat(held, &st) < 0)
@@ -153,6 +154,14 @@ static uint32_t inner(uint32_t id, uint32_t base) {
     if (!range)
         return single_id;
     return id - base < range ? id - base : 65534;
+}
+
+/* Of a file of a layer below; which: 0 the user, 1 the group. */
+static uint32_t inner_below(uint32_t id, const struct place *place, int which) {
+    const struct swap *w = place->swaps ? &place->swaps[which] : NULL;
+    if (!range || !w || (id != w->disk && id != w->guest))
+        return inner(id, place->base);
+    return id == w->disk ? w->guest : inner(w->disk, place->base);
 }
 
 static int compare(const void *a, const void *b) {
@@ -464,6 +473,7 @@ static int open_all(const struct place *in, int first, int n, const char *name, 
             continue;
         if (place.fd < 0)
             refuse(errno, "open the directory /%s", path);
+        place.swaps = in[i].swaps;
         *hides = is_opaque(place.fd);
         out[count++] = place;
     }
@@ -512,8 +522,8 @@ static char look_below(const struct place *under, int n_under, const char *name,
             continue;
         if (is_whiteout(&seen))
             return '0';
-        bool same = (seen.st_mode == st->st_mode) && inner(seen.st_uid, under[i].base) == inner(st->st_uid, base) &&
-                    inner(seen.st_gid, under[i].base) == inner(st->st_gid, base);
+        bool same = (seen.st_mode == st->st_mode) && inner_below(seen.st_uid, &under[i], 0) == inner(st->st_uid, base) &&
+                    inner_below(seen.st_gid, &under[i], 1) == inner(st->st_gid, base);
         return same ? '=' : '~';
     }
     return '0';
@@ -553,11 +563,20 @@ static int take_places(struct payload *p, struct place *out, bool ours) {
     for (uint32_t i = 0; i < count && !p->bad; i++) {
         uint32_t base = take_u32(p);
         const char *where = take_str(p);
+        struct swap *swaps = NULL;
+        if (take_u32(p)) {
+            swaps = must(calloc(2, sizeof *swaps));
+            for (int j = 0; j < 2; j++) {
+                swaps[j].disk = take_u32(p);
+                swaps[j].guest = take_u32(p);
+            }
+        }
         if (p->bad)
             break;
         out[i] = open_directory(AT_FDCWD, where, base, ours);
         if (out[i].fd < 0)
             refuse(errno, "open the layer %s", where);
+        out[i].swaps = swaps;
     }
     return p->bad ? 0 : (int)count;
 }

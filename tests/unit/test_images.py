@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from vallum.core.errors import InvalidInput
-from vallum.sandbox.base import Image, Layer
+from vallum.sandbox.base import Image, Layer, Owner
 from vallum.sandbox.images.host import collect, resolve_host
-from vallum.sandbox.images.mounts import find_refusal, parse_mount, with_mounts
+from vallum.sandbox.images.mounts import choose_owner, find_refusal, parse_mount, with_mounts
 from vallum.sandbox.images.resolve import resolve
 from vallum.sandbox.images.skeleton import (
     add_parents,
@@ -199,11 +199,27 @@ def test_unusable_references_are_one_sentence(ref, says, tmp_path):
 IMAGE = Image(ref="x", digest="sha256:0", layers=[Layer(at="/", lowers=["/x"])], environ={})
 
 
+@pytest.mark.parametrize(
+    ("user", "guest"),
+    [
+        ("agent", (1000, 1000)),
+        ("root", (0, 0)),
+        ("7", (7, 7)),
+        ("7:8", (7, 8)),
+        ("node", (1000, 1000)),
+        ("65535", None),
+    ],
+)
+def test_the_owner_of_a_mount_becomes_the_user_of_the_cell(user, guest):
+    assert choose_owner((70000, 5), user) == (Owner(disk=(70000, 5), guest=guest) if guest else None)
+
+
 def test_mounts_are_copy_on_write_unless_read_only(tmp_path):
     image = with_mounts(IMAGE, [f"{tmp_path}:/data/inner", f"{tmp_path}:/data:ro"])
+    owner = Owner(disk=(tmp_path.stat().st_uid, tmp_path.stat().st_gid), guest=(1000, 1000))
     assert image.layers[1:] == [
-        Layer(at="/data", lowers=[str(tmp_path)], writable=False),
-        Layer(at="/data/inner", lowers=[str(tmp_path)], writable=True),
+        Layer(at="/data", lowers=[str(tmp_path)], writable=False, owner=owner),
+        Layer(at="/data/inner", lowers=[str(tmp_path)], writable=True, owner=owner),
     ]
     assert IMAGE.layers == [Layer(at="/", lowers=["/x"])]
 

@@ -26,6 +26,16 @@ GuestRoot = Literal["plain", "owner"]
 become its other users (CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETUID, SETGID of the cell's own user namespace)."""
 
 
+class Owner(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose a directory of the host is, there and in the cell."""
+
+    disk: tuple[int, int]
+    """User and group id on disk."""
+    guest: tuple[int, int]
+    """Those that the guest sees instead, below 65535; what is theirs on disk is seen as the other ones' in turn (as
+    nobody's, where a cell has no such id)."""
+
+
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
     """One directory of the cell's tree: lower directories, seen copy-on-write at ``at``."""
 
@@ -37,6 +47,9 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the guest gets a private upper layer here (copy-on-write) or sees the lowers read-only."""
     sealed: int = 0
     """How many of ``lowers``, from the first, are sealed layers (their owners are ids of the store, not the image's)."""
+    owner: Owner | None = None
+    """Whose files in the other lowers change hands, and the layer itself; None: everything is whose it is on disk.
+    Cells of one user have only that one and pass it over."""
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from vallum.core.errors import InvalidInput
-from vallum.sandbox.base import Image, Layer
+from vallum.sandbox.base import Image, Layer, Owner
+from vallum.sandbox.images import accounts
 
 _REFUSED_WITH_ALL_BELOW = (
     "/proc",
@@ -58,6 +59,8 @@ _CREDENTIALS = frozenset(
         "keyrings",
     }
 )
+_NO_GUEST_ID = 65535
+"""Ids of a cell end before this one; its last is the warden's."""
 _GUEST_REFUSED = ("/proc", "/sys", "/dev")
 
 
@@ -72,13 +75,14 @@ class Mount(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the guest may write; what it writes goes to its own layer."""
 
 
-def with_mounts(image: Image, mounts: Sequence[str], *, refuse: Sequence[Path] = ()) -> Image:
-    """The image with more directories in it.
+def with_mounts(image: Image, mounts: Sequence[str], *, refuse: Sequence[Path] = (), user: str | None = None) -> Image:
+    """The image with more directories in it. What belongs to the owner of such a directory is seen as the user's of the cell.
 
     Args:
         image: what :func:`~vallum.sandbox.images.resolve.resolve` gave.
         mounts: ``HOST:GUEST`` or ``HOST:GUEST:ro``.
         refuse: further host directories that must not be seen, nor anything in or around them (the node's own).
+        user: user of the cell's commands, where it is not the image's.
 
     Raises:
         InvalidInput: one is malformed, missing or refused; names it and says why.
@@ -90,7 +94,8 @@ def with_mounts(image: Image, mounts: Sequence[str], *, refuse: Sequence[Path] =
             raise InvalidInput(
                 f"mount {text!r} is not usable: something is at {mount.at} already; choose another guest path"
             )
-        layers.append(Layer(at=mount.at, lowers=[mount.source], writable=mount.writable))
+        owner = choose_owner(_owner_of(mount.source, text), user or image.user)
+        layers.append(Layer(at=mount.at, lowers=[mount.source], writable=mount.writable, owner=owner))
     # A mount inside another one must come after it.
     layers[1:] = sorted(layers[1:], key=lambda layer: len(PurePosixPath(layer.at).parts))
     return msgspec.structs.replace(image, layers=layers)
@@ -117,6 +122,31 @@ def parse_mount(text: str) -> Mount:
     if clean_at == "/" or any(_is_within(clean_at, place) for place in _GUEST_REFUSED):
         raise InvalidInput(f"mount {text!r} is not usable: {clean_at} of a cell is its own")
     return Mount(source=source, at=clean_at, writable=mode == "rw")
+
+
+def choose_owner(disk: tuple[int, int], user: str) -> Owner | None:
+    """Who is to have a directory that belongs to ``disk`` on the host, so that ``user`` works in it as its owner does.
+
+    ``user`` is a name or ``uid[:gid]``; a name other than root's is taken for the agent's. None when no cell has such
+    ids. Pure.
+    """
+    uid, _, gid = ("0" if user == "root" else user).partition(":")
+    guest = (
+        (int(uid), int(gid) if gid.isascii() and gid.isdecimal() else int(uid))
+        if uid.isascii() and uid.isdecimal()
+        else (accounts.AGENT_ID, accounts.AGENT_ID)
+    )
+    if max(guest) >= _NO_GUEST_ID:
+        return None
+    return Owner(disk=disk, guest=guest)
+
+
+def _owner_of(path: str, text: str) -> tuple[int, int]:
+    try:
+        found = Path(path).stat()
+    except OSError as error:
+        raise InvalidInput(f"mount {text!r} is not usable: {path} is not there or cannot be reached") from error
+    return found.st_uid, found.st_gid
 
 
 def check_mount(mount: Mount, text: str, refuse: Sequence[Path] = ()) -> Mount:

@@ -26,7 +26,7 @@ import msgspec
 
 from vallum.core.errors import ControlMissing, InvalidInput, SandboxError
 from vallum.core.limits import MIB, Limits
-from vallum.sandbox.base import MIN_UID_RANGE, Cell, CellSpec, Doors, Image, Layer, SealedLayer
+from vallum.sandbox.base import MIN_UID_RANGE, Cell, CellSpec, Doors, Image, Layer, Owner, SealedLayer
 from vallum.sandbox.cgroup.base import CellGroup, Driver
 from vallum.sandbox.ns import wire
 from vallum.sandbox.ns.cell import NsCell
@@ -263,7 +263,7 @@ class NsBackend:
             for number, layer in enumerate(choose_layers(spec.image.layers, place.ids, _owner_of)):
                 top = place.directory / str(number)
                 if layer.writable:
-                    make_upper(top, place.base, layer.lowers[0] if layer.sealed else None)
+                    make_upper(top, place.base, layer.lowers[0] if layer.sealed else None, layer.owner)
                 layers.append(wire.PlacedLayer(layer, str(top) if layer.writable else ""))
             place.layers = layers
         except OSError as error:
@@ -433,11 +433,12 @@ def _owner_of(path: str) -> int:
     return os.stat(path).st_uid  # noqa: PTH116
 
 
-def make_upper(top: Path, owner: int | None, like: str | None = None) -> None:
+def make_upper(top: Path, owner: int | None, like: str | None = None, given: Owner | None = None) -> None:
     """``top/upper`` and ``top/work``, owned by the cell's root (``owner``; None: by us).
 
     ``top`` may be entered by anyone who can reach it: only the cell can, its parents are 0700. ``like``: a sealed layer
-    whose own directory had another mode or owner, which the overlay shows as those of its root.
+    whose own directory had another mode or owner, which the overlay shows as those of its root. ``given``: without such
+    a layer, whose the root is in the guest.
     """
     top.mkdir()
     top.chmod(0o755)
@@ -446,6 +447,8 @@ def make_upper(top: Path, owner: int | None, like: str | None = None) -> None:
         (top / name).chmod(0o755)
         if owner is not None:
             os.chown(top / name, owner, owner)
+    if like is None and given is not None and owner is not None:
+        os.chown(top / "upper", owner + given.guest[0], owner + given.guest[1])
     if like is not None:
         seen = os.stat(like, follow_symlinks=False)  # noqa: PTH116
         if owner is not None:

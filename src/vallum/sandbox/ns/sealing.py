@@ -31,15 +31,14 @@ def list_requests(
         layer = placed.layer
         own = (ids.base, f"{placed.upper_dir}/upper")
         sealed = [(0 if ids.is_single else wire.STORE_BASE, lower) for lower in layer.lowers[: layer.sealed]]
-        image = [(0, lower) for lower in layer.lowers[layer.sealed :]]
+        image = [(0, lower, layer.owner) for lower in layer.lowers[layer.sealed :]]
+        under = [*((base, lower, None) for base, lower in sealed), *image]
         tree, base = str(directory / str(number)) if copy else "", str(directory / str(number))
-        taken, below = ([own, *sealed], image) if merge and copy else ([own], [*sealed, *image])
+        taken, below = ([own, *sealed], image) if merge and copy else ([own], under)
         payload = wire.encode_seal(ids=ids, sources=taken, below=below, tree=tree, listing=f"{base}.list")
         requests.append(SealRequest(layer.at, number, payload))
         if merge and copy and sealed:
-            payload = wire.encode_seal(
-                ids=ids, sources=[own], below=[*sealed, *image], tree="", listing=f"{base}.own.list"
-            )
+            payload = wire.encode_seal(ids=ids, sources=[own], below=under, tree="", listing=f"{base}.own.list")
             requests.append(SealRequest(layer.at, number, payload))
     return requests
 

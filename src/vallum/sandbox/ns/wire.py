@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vallum.core.errors import InvalidInput
-from vallum.sandbox.base import Layer
+from vallum.sandbox.base import Layer, Owner
 
 HEAD = struct.Struct("=IIii")
 MAX_MESSAGE = 4096
@@ -103,6 +103,14 @@ class Packer:
         for value in values:
             self.text(value)
 
+    def owner(self, owner: Owner | None) -> None:
+        """Ids that are swapped: user on disk, in the guest, then the group."""
+        self.word(int(owner is not None))
+        if owner is not None:
+            for disk, guest in zip(owner.disk, owner.guest, strict=True):
+                self.word(disk)
+                self.word(guest)
+
     def bytes(self) -> bytes:
         """All of it.
 
@@ -188,6 +196,7 @@ def encode_create(
         p.word(int(placed.layer.writable))
         p.text(placed.upper_dir)
         p.word(placed.layer.sealed)
+        p.owner(placed.layer.owner)
         p.texts(placed.layer.lowers)
     return p.bytes()
 
@@ -240,9 +249,15 @@ def encode_check(*, user: str) -> bytes:
 
 
 def encode_seal(
-    *, ids: Ids, sources: Sequence[tuple[int, str]], below: Sequence[tuple[int, str]], tree: str, listing: str
+    *,
+    ids: Ids,
+    sources: Sequence[tuple[int, str]],
+    below: Sequence[tuple[int, str, Owner | None]],
+    tree: str,
+    listing: str,
 ) -> bytes:
-    """Seal ``sources`` (host id of id 0, directory; the uppermost first), which lie on ``below``, as one.
+    """Seal ``sources`` (host id of id 0, directory; the uppermost first), which lie on ``below`` (the same, and whose ids
+    are swapped there), as one.
 
     ``tree``: the new directory, "" to make nothing but the new file ``listing``.
     """
@@ -251,11 +266,12 @@ def encode_seal(
         p.word(value)
     p.text(tree)
     p.text(listing)
-    for places in (sources, below):
+    for places in ([(base, path, None) for base, path in sources], below):
         p.word(len(places))
-        for base, path in places:
+        for base, path, owner in places:
             p.word(base)
             p.text(path)
+            p.owner(owner)
     return p.bytes()
 
 
