@@ -317,15 +317,21 @@ class McpCall(Event, frozen=True, tag="mcp.call"):
     server: str
     """Host of the server, or ``tools`` for the node's own."""
     tool: str
+    """Its name; ``resource:URI`` and ``prompt:NAME`` for those. Empty for other methods."""
     arguments: str
     """JSON, secrets redacted; cut at 8,000 characters."""
     verdict: Verdict
     rule: str
     reason: str
     flow: str
+    method: str = "tools/call"
     is_error: bool = False
     result_bytes: int = 0
     duration_ns: int = 0
+    hidden: int = 0
+    """Entries that a list came back without, as they are not granted."""
+    changed: tuple[str, ...] = ()
+    """Tools that a list defines otherwise than the first one did; of a call: the tool, when its definition has changed."""
 
 
 class ApprovalRequested(Event, frozen=True, tag="approval.requested"):

@@ -13,7 +13,7 @@ from vallum.client.model import ModelBudget as ModelBudget
 from vallum.client.model import ModelPrice as ModelPrice
 
 Phase = Literal["setup", "run"]
-ServiceName = Literal["forward", "packages", "model", "tools"]
+ServiceName = Literal["forward", "packages", "mcp", "model", "tools"]
 
 ZONE = "vallum.internal"
 """Names under it are answered by the gateway itself; nobody is asked."""

@@ -78,8 +78,8 @@ def refuse_tool(rule: Rule, tool: str) -> Decision | None:
 
 
 def denies_tool(rule: Rule, tool: str) -> bool:
-    """Whether a denial is about calls of the tool."""
-    return rule.tools is not None and _names_tool(rule.tools, tool)
+    """Whether a denial is about calls of the tool. Case makes no difference: it may make none to the server."""
+    return rule.tools is not None and any(fnmatchcase(tool.casefold(), pattern.casefold()) for pattern in rule.tools)
 
 
 def _refuse_git(rule: Rule, request: RequestFacts, what: str) -> Decision | None:
@@ -96,7 +96,10 @@ def _fits(patterns: Iterable[str], path: str) -> bool:
 
 
 def _names_tool(patterns: Iterable[str], tool: str) -> bool:
-    return any(fnmatchcase(tool, pattern) for pattern in patterns)
+    """Tools by their names; ``resource:URI`` and ``prompt:NAME`` only by patterns that begin so, too."""
+    kind, mark, _ = tool.partition(":")
+    prefix = f"{kind}:" if mark and kind in {"resource", "prompt"} else ""
+    return any(fnmatchcase(tool, pattern) for pattern in patterns if pattern.startswith(prefix))
 
 
 def _deny(rule: str, reason: str) -> Decision:

@@ -125,6 +125,28 @@ def judge_tool(
     return _judge(rules, msgspec.structs.replace(facts, server_name=normalise_name(request.host)), asker, request, tool)
 
 
+def judges_tools(
+    rules: Ruleset, facts: FlowFacts, request: RequestFacts, decision: Decision, asker: Asker | None = None
+) -> bool:
+    """Whether the messages inside an admitted request have to be judged one by one (:func:`judge_tool`): its grant is for
+    tools, or a denial of tools may be about its host. What cannot be told counts as yes."""
+    granting = rules.find(decision.rule)
+    if granting is not None and granting.tools is not None:
+        return True
+    try:
+        address = canonical(facts.dst_ip)
+    except ValueError:
+        return True
+    seen = msgspec.structs.replace(facts, server_name=normalise_name(request.host))
+    return any(
+        rule.tools is not None
+        and holds_for(rule, asker, unknown=True)
+        and _reaches(rule, seen, address)
+        and covers_request(rule, request)
+        for rule in rules.deny
+    )
+
+
 def judge_query(rules: Ruleset, qname: str, qtype: str = "A", asker: Asker | None = None) -> Decision:
     """Whether a name may be asked for outside at all. Nothing has been asked when this is called."""
     name = normalise_name(qname)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vallum.gateway.model.sse import SseError, SseEvent, SseReader, rewrite_event, write_event
 
 STREAM = b'\xef\xbb\xbf: hello\r\nevent: a\r\ndata: 1\r\ndata:2\r\n\r\nid: 7\nretry: 5\ndata: {"x": "\xc3\xa4"}\n\ndata\n\n\nevent: lost\n\n'
-EVENTS = [SseEvent("1\n2", "a"), SseEvent('{"x": "ä"}'), SseEvent("")]
+EVENTS = [SseEvent("1\n2", "a"), SseEvent('{"x": "ä"}', id="7"), SseEvent("")]
 
 
 def read(pieces):

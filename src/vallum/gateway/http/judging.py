@@ -12,10 +12,11 @@ from vallum.core.text import show
 from vallum.core.verdict import Decision
 from vallum.gateway.cell import GATEWAY_SERVICE
 from vallum.gateway.http.exchange import RequestHead
+from vallum.gateway.kit import ServiceName
 from vallum.gateway.names import host_of, service_at
 from vallum.rules.grants import Rule, Ruleset
 from vallum.rules.paths import encode_path, normalise_path
-from vallum.rules.verdicts import Asker, FlowFacts, RequestFacts, judge_request
+from vallum.rules.verdicts import Asker, FlowFacts, RequestFacts, judge_request, judges_tools
 
 _OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
 
@@ -44,20 +45,10 @@ def settle_path(head: RequestHead) -> tuple[RequestHead, str]:
     return msgspec.structs.replace(head, target=encode_path(normal) + mark + query), normal
 
 
-def judge(rules: Ruleset, facts: FlowFacts, head: RequestHead, asker: Asker) -> Judgement:
-    """The verdict on a request inside an admitted flow."""
-    service = service_at(facts.dst_ip)
-    if service is not None:
-        name = host_of(service)
-        if head.host not in {name, facts.dst_ip}:
-            return _misdirected(head, f"this is {name}, and the request is for {show(head.host)}")
-        decision = Decision(verdict="allow", rule=GATEWAY_SERVICE, reason=f"{name} is the gateway's own")
-        return Judgement(decision=decision, head=head, service=service)
-    if facts.protocol == "tls" and facts.server_name is not None and head.host != facts.server_name:
-        reason = f"the connection is for {show(facts.server_name)}, and the request for {show(head.host)}"
-        return _misdirected(head, reason)
+def read_request(head: RequestHead) -> tuple[RequestHead, RequestFacts]:
+    """The head with its path in normal form, and what rules are asked about."""
     head, path = settle_path(head)
-    request = RequestFacts(
+    return head, RequestFacts(
         method=head.method,
         scheme=head.scheme,
         host=head.host,
@@ -68,12 +59,33 @@ def judge(rules: Ruleset, facts: FlowFacts, head: RequestHead, asker: Asker) -> 
         upgrade=head.upgrade,
         content_type=(head.header(b"content-type") or b"").decode("latin-1"),
     )
+
+
+def judge(rules: Ruleset, facts: FlowFacts, head: RequestHead, asker: Asker) -> Judgement:
+    """The verdict on a request inside an admitted flow."""
+    own = service_at(facts.dst_ip)
+    if own is not None:
+        name = host_of(own)
+        if head.host not in {name, facts.dst_ip}:
+            return _misdirected(head, f"this is {name}, and the request is for {show(head.host)}")
+        decision = Decision(verdict="allow", rule=GATEWAY_SERVICE, reason=f"{name} is the gateway's own")
+        return Judgement(decision=decision, head=head, service=own)
+    if facts.protocol == "tls" and facts.server_name is not None and head.host != facts.server_name:
+        reason = f"the connection is for {show(facts.server_name)}, and the request for {show(head.host)}"
+        return _misdirected(head, reason)
+    head, request = read_request(head)
     decision = judge_request(rules, facts, request, asker)
     rule = rules.find(decision.rule)
+    service: ServiceName = rule.service if rule is not None else "forward"
+    if decision.verdict != "deny" and judges_tools(rules, facts, request, decision, asker):
+        service = "mcp"
+        if decision.verdict == "hold" and rule is not None and rule.tools is not None:
+            # What waits for a person is each call, when it is known which.
+            decision = Decision(verdict="allow", rule=decision.rule, reason=f"{decision.reason}, call by call")
     if decision.verdict == "allow" and rule is not None and rule.methods is not None:
         kept = tuple(pair for pair in head.headers if pair[0] not in _OVERRIDES)
         head = msgspec.structs.replace(head, headers=kept)
-    return Judgement(decision=decision, head=head, rule=rule, service=rule.service if rule is not None else "forward")
+    return Judgement(decision=decision, head=head, rule=rule, service=service)
 
 
 def _misdirected(head: RequestHead, reason: str) -> Judgement:

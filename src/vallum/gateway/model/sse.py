@@ -23,6 +23,8 @@ class SseEvent(msgspec.Struct, frozen=True):
 
     data: str
     name: str = ""
+    id: str = ""
+    """From which a client may resume."""
 
 
 class SseReader:
@@ -34,6 +36,7 @@ class SseReader:
         self._scanned = 0
         self._data: list[str] = []
         self._name = ""
+        self._id = ""
         self._size = 0
         self._is_first = True
         self._failed = False
@@ -97,8 +100,8 @@ class SseReader:
             self._is_first = False
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line:
-            event = SseEvent("\n".join(self._data), self._name) if self._data else None
-            self._data, self._name, self._size = [], "", 0
+            event = SseEvent("\n".join(self._data), self._name, self._id) if self._data else None
+            self._data, self._name, self._id, self._size = [], "", "", 0
             return event
         self._size += len(line)
         if self._size > self._limit:
@@ -114,6 +117,8 @@ class SseReader:
             self._data.append(value)
         elif field == "event":
             self._name = value
+        elif field == "id" and "\0" not in value:
+            self._id = value
         return None
 
 
