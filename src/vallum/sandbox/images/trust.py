@@ -23,9 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import msgspec
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.serialization import pkcs12
 
 from vallum.core.errors import SandboxError
 from vallum.sandbox.base import Image, Layer
@@ -233,6 +230,8 @@ def hash_subject(certificate_pem: bytes) -> str:
 
     SHA-1 of the subject in canonical form (UTF-8, lower case, single blanks, without the outer SEQUENCE).
     """
+    from cryptography import x509  # slow to load, and few cells need it
+
     subject = x509.load_pem_x509_certificate(certificate_pem).subject
     names = [x509.NameAttribute(each.oid, " ".join(str(each.value).lower().split())) for each in subject]
     encoded = x509.Name(names).public_bytes()
@@ -242,6 +241,10 @@ def hash_subject(certificate_pem: bytes) -> str:
 
 def make_java_store(bundle_pem: bytes) -> bytes:
     """A PKCS#12 store of every certificate of a bundle, without a password (as JDKs have shipped theirs since 18)."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.serialization import pkcs12
+
     entries = []
     for number, piece in enumerate(bundle_pem.split(b"-----BEGIN CERTIFICATE-----")[1:]):
         try:
