@@ -125,6 +125,7 @@ def print_story(story: RunStory) -> None:
         console.print(Text(f"... and {len(steps) - SHOWN_STEPS} more steps"), style="dim")
     _print_denied(console, story, several)
     _print_allowed(console, story, several)
+    _print_packages(console, story, several)
     _print_files(console, story)
     for finding in story.findings[:SHOWN_ATTEMPTS]:
         event = finding.event
@@ -293,6 +294,28 @@ def _print_allowed(console: Console, story: RunStory, several: bool) -> None:
             Text(show(_who(entry.process), 200), overflow="ellipsis", no_wrap=True),
         )
     console.print(table)
+
+
+def _print_packages(console: Console, story: RunStory, several: bool) -> None:
+    found = [(episode, step, package) for episode, step in story.steps for package in step.packages]
+    if not found:
+        return
+    table = _table("Step", "Package", "Version", "Ecosystem", "From", "Size", "Digest", numeric=(5,))
+    for episode, step, package in found[:SHOWN_ATTEMPTS]:
+        table.add_row(
+            Text(_name(episode, step, several), no_wrap=True),
+            Text(show(package.name, 90)),
+            Text(show(package.version, 40)),
+            Text(show(package.ecosystem, 20)),
+            Text(package.source),
+            show_bytes(package.bytes),
+            Text(show(package.digest, 19), style="dim", no_wrap=True),
+        )
+    console.print(table)
+    if len(found) > SHOWN_ATTEMPTS:
+        console.print(
+            Text(f"... and {len(found) - SHOWN_ATTEMPTS} more packages: vallum report {story.run}"), style="dim"
+        )
 
 
 def _fold_titles(rows: list[FindingRow]) -> list[str]:

@@ -116,6 +116,14 @@ def parse_size(text: str) -> int:
     metavar="S",
     help="What rules hold is denied when nobody decides in S seconds.",
 )
+@click.option(
+    "--package-min-age",
+    "package_min_age_days",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="DAYS",
+    help="Refuse versions of packages that were published less than DAYS ago, where their index says so.",
+)
 @click.option("--timeout", "timeout_s", type=float, metavar="S", help="End it after S seconds (exit code 124).")
 @click.option("--run", "run_id", metavar="ID", help="Id of the run (default: a new one).")
 @click.option("--level", default="ns", show_default=True, help="Isolation level.")
@@ -175,6 +183,7 @@ async def _run(places: Places, command: list[str], options: dict[str, Any]) -> i
             plant_canaries=options["plant_canaries"],
             credentials=options["credentials"] or None,
             approval_timeout_s=options["approval_timeout_s"],
+            package_min_age_s=options["package_min_age_days"] * 86400,
             on_approval=prompt,
             command=command,
         )

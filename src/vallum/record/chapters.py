@@ -15,6 +15,7 @@ from vallum.core.events import (
     FilesCompared,
     FileWrite,
     Finding,
+    PackageFetched,
     Process,
     RunEnded,
     RunStarted,
@@ -82,6 +83,7 @@ class StepStory:
     files: list[FileWrite] = field(default_factory=list)
     actions: list[ContainmentAction] = field(default_factory=list)
     verdicts: list[VerdictGiven] = field(default_factory=list)
+    packages: list[PackageFetched] = field(default_factory=list)
 
     @property
     def name(self) -> str:

@@ -24,6 +24,7 @@ from vallum.core.events import (
     LedgerNote,
     McpCall,
     ModelCall,
+    PackageFetched,
     PacketDropped,
     ProcessExited,
     ProcessStarted,
@@ -79,6 +80,7 @@ class StoryTeller:
             HttpRequest: self._refusal,
             ModelCall: self._refusal,
             McpCall: self._refusal,
+            PackageFetched: self._package,
             DnsQuery: self._query,
             PacketDropped: self._packet,
             FileWrite: self._file,
@@ -204,6 +206,11 @@ class StoryTeller:
         if event.state == "denied":
             step = self._step(event, at_ns)
             file_refusal(step.entries, number, event, at_ns, is_late=_is_late(step, at_ns))
+
+    def _package(self, number: int, event: PackageFetched, at_ns: int) -> None:
+        packages = self._step(event, at_ns).packages
+        if len(packages) < KEPT:
+            packages.append(event)
 
     def _query(self, number: int, event: DnsQuery, at_ns: int) -> None:
         step = self._step(event, at_ns)

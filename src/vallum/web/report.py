@@ -77,6 +77,7 @@ def render_report(story: RunStory, verified: Verified | None = None) -> str:
         steps=[(episode, step) for episode, step in story.steps if step.index is not None or step.processes][:MAX_ROWS],
         allowed=[(episode, step, entry) for episode, step in story.steps for entry in step.allowed][:MAX_ROWS],
         queries=[(episode, step, entry) for episode, step in story.steps for entry in step.queries][:MAX_ROWS],
+        packages=[(episode, step, one) for episode, step in story.steps for one in step.packages][:MAX_ROWS],
         tiers=sorted(
             (story.started.tiers if story.started else {}).items(), key=lambda tier: (tier[1] == "enforced", tier[0])
         ),
