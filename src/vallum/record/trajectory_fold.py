@@ -207,7 +207,7 @@ class TrajectoryTeller:
             turn.facts |= {"tokens_spent": _spent(event)}
             trajectory.turns.append(turn)
         else:
-            reply = _read(event.reply, Reply, Reply(parts=(Text(_describe_cut(event.reply)),)))
+            reply = _read_reply(event.reply)
             turn = _make_turn(event, reply)
             trajectory.turns.append(turn)
             for call in turn.calls:
@@ -384,6 +384,15 @@ def _read_messages(text: str) -> tuple[Message, ...]:
     """Messages of the record; what was cut is one system message that says so."""
     cut: tuple[Part, ...] = (Text(_describe_cut(text)),)
     return _read(text, tuple[Message, ...], (Message("system", cut),)) if text else ()
+
+
+def _read_reply(text: str) -> Reply:
+    """A reply of the record; what was cut is a text that says so."""
+    found = _read(text, Reply, None)
+    if found is None or _read(text, _CutText, None) is not None:
+        return Reply(parts=(Text(_describe_cut(text)),))
+    assert isinstance(found, Reply)
+    return found
 
 
 def _read(text: str, form: Any, otherwise: Any) -> Any:
