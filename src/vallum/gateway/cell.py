@@ -12,7 +12,7 @@ from typing import Protocol
 import dns.rcode
 
 from vallum.core.clock import mono_ns, wall_ns
-from vallum.core.events import AnyEvent, DnsQuery, Process
+from vallum.core.events import AnyEvent, DnsQuery, ModelCall, Process
 from vallum.core.scope import Attribution, Scope
 from vallum.core.text import show
 from vallum.core.verdict import Decision, fail_closed
@@ -122,7 +122,8 @@ class Node(Protocol):
 
     async def append(self, cell: str, event: AnyEvent, charge: Charge | None = None, *, soon: bool = False) -> int:
         """Id of the event once it is written. With ``charge`` the node first fills in whose it is, and writes nothing when
-        it cannot tell; a charge is used once. ``soon``: nothing waits for it but its own task. Raises NodeGoneError when it was not written."""
+        it cannot tell; a charge is used once. ``soon``: it may wait a millisecond for what else is to be said. Raises
+        NodeGoneError when it was not written."""
         ...
 
     async def open_steps(
@@ -135,8 +136,10 @@ class Node(Protocol):
         agent: str = "",
         pid: int | None = None,
         on_host: bool = False,
+        closing: ModelCall | None = None,
     ) -> tuple[int, ...]:
-        """See :class:`vallum.gateway.wire.OpenSteps`: a step for each call, in their order. Raises NodeGoneError."""
+        """See :class:`vallum.gateway.wire.OpenSteps`: a step for each call, in their order; ``closing`` is written by then.
+        Raises NodeGoneError."""
         ...
 
     async def close_steps(self, cell: str, branch: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.errors import GatewayError, VallumError
 from vallum.core.events import AnyEvent, DnsQuery, Flow, HttpRequest, McpCall, ModelCall, PackageFetched, Process
 from vallum.core.scope import Attribution, Scope
@@ -68,6 +69,20 @@ _EXPECTED = (VallumError, OSError, LookupError, ValueError, RuntimeError)
 
 def _fail(frame: Frame, error: BaseException) -> Failed:
     return Failed(seq=frame.seq, error=f"{type(error).__name__}: {error}")
+
+
+def _finish(closing: ModelCall, steps: Sequence[int]) -> ModelCall:
+    """The record of a reply whose steps are open now."""
+    now = mono_ns()
+    late_ns = max(0, now - closing.mono_ns)
+    return msgspec.structs.replace(
+        closing,
+        t_ns=wall_ns(),
+        mono_ns=now,
+        steps=list(steps),
+        duration_ns=closing.duration_ns + late_ns,
+        overhead_ns=closing.overhead_ns + late_ns,
+    )
 
 
 class NodeSide(Protocol):
@@ -325,10 +340,10 @@ class GatewayLink:
         if frame.seq in self._answering:
             return False
         owner = self._cells.get(frame.cell)
-        if owner is None or not isinstance(frame, Append):
+        event = frame.event if isinstance(frame, Append) else frame.closing if isinstance(frame, OpenSteps) else None
+        if owner is None or event is None:
             return True  # a cell that was just removed may have asked before; it is answered that it is unknown
-        scope = frame.event.scope
-        return isinstance(frame.event, _OWN_FACTS) and (scope.run, scope.episode) == owner
+        return isinstance(event, _OWN_FACTS) and (event.scope.run, event.scope.episode) == owner
 
     def _kill(self, reason: str) -> None:
         if self._process.returncode is None:
@@ -417,7 +432,10 @@ class GatewayLink:
     async def _reply(self, frame: _Slow) -> Frame:
         node = self._node
         if isinstance(frame, OpenSteps):
-            return StepsOpened(seq=frame.seq, steps=tuple(await node.open_steps(frame)))
+            steps = tuple(await node.open_steps(frame))
+            if frame.closing is not None:
+                node.emit(_finish(frame.closing, steps))
+            return StepsOpened(seq=frame.seq, steps=steps)
         if isinstance(frame, Hold):
             return Decided(seq=frame.seq, decision=await node.hold(frame))
         if isinstance(frame, CallTool):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from vallum.core.events import AnyEvent
+from vallum.core.events import AnyEvent, ModelCall
 from vallum.core.verdict import Decision
 from vallum.gateway.cell import Charge, GatewayCell, NodeGoneError
 from vallum.gateway.door import Endpoint
@@ -54,6 +54,8 @@ STEPS_TIMEOUT_S = 30.0
 TOOL_TIMEOUT_S = 600.0
 _HOLD_GRACE_S = 5.0
 _EXPIRE_S = 0.5
+_SOON_S = 0.001
+"""How long what nothing waits for may wait for others."""
 
 _Answer = TypeVar("_Answer", bound=Frame)
 _Order = AddCell | RemoveCell | UpdateRules | Ping | ServeRequest
@@ -86,7 +88,7 @@ class GatewayServer:
         """See :meth:`vallum.gateway.cell.Node.append`."""
         seq, future = self._open()
         number = None if charge is None else charge.number
-        self._channel.send(Append(seq=seq, cell=cell, event=event, charge=number), soon=soon)
+        self._channel.send(Append(seq=seq, cell=cell, event=event, charge=number), soon=soon, within_s=_SOON_S)
         try:
             answer = await future
         except OSError as error:  # TimeoutError and ConnectionError are
@@ -121,6 +123,7 @@ class GatewayServer:
         agent: str = "",
         pid: int | None = None,
         on_host: bool = False,
+        closing: ModelCall | None = None,
     ) -> tuple[int, ...]:
         """See :meth:`vallum.gateway.cell.Node.open_steps`."""
         fields: dict[str, Any] = {
@@ -130,6 +133,7 @@ class GatewayServer:
             "agent": agent,
             "pid": pid,
             "on_host": on_host,
+            "closing": closing,
         }
         answer = await self._ask(StepsOpened, OpenSteps, within_s=STEPS_TIMEOUT_S, cell=cell, **fields)
         if len(answer.steps) != len(calls):
@@ -138,7 +142,7 @@ class GatewayServer:
 
     async def close_steps(self, cell: str, branch: str) -> None:
         """See :meth:`vallum.gateway.cell.Node.close_steps`."""
-        await self._ask(Done, CloseSteps, within_s=STEPS_TIMEOUT_S, cell=cell, branch=branch)
+        await self._ask(Done, CloseSteps, within_s=STEPS_TIMEOUT_S, soon=True, cell=cell, branch=branch)
 
     async def stop_agent(self, cell: str, reason: str) -> None:
         """See :meth:`vallum.gateway.cell.Node.stop_agent`."""
@@ -181,16 +185,18 @@ class GatewayServer:
         *,
         within_s: float = NODE_TIMEOUT_S,
         may_give_up: bool = False,
+        soon: bool = False,
         **fields: object,
     ) -> _Answer:
-        """``may_give_up``: tell the node when nobody waits for the answer any more."""
+        """``may_give_up``: tell the node when nobody waits for the answer any more. ``soon``: as :meth:`Channel.send`."""
         try:
             seq, future = self._requests.open()
         except ConnectionError as error:
             raise NodeGoneError(str(error)) from error
-        self._channel.send(kind(seq=seq, **fields))
+        self._channel.send(kind(seq=seq, **fields), soon=soon)
         try:
-            answer = await asyncio.wait_for(future, within_s)
+            async with asyncio.timeout(within_s):
+                answer = await future
         except TimeoutError:
             raise NodeGoneError(f"the node did not answer in {within_s:g} s") from None
         except ConnectionError as error:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from vallum.core.events import AnyEvent, Process
+from vallum.core.events import AnyEvent, ModelCall, Process
 from vallum.core.scope import Attribution, Scope
 from vallum.core.verdict import Decision
 from vallum.gateway.kit import Kit
@@ -86,6 +86,9 @@ class OpenSteps(Frame, frozen=True, tag="open_steps"):
     """Host pid of the process that holds the model connection, as the node said when it attributed it."""
     on_host: bool = False
     """A client on the host asked (:class:`ServeRequest`), not the guest."""
+    closing: ModelCall | None = None
+    """The reply's own record: written once the steps are open, with their numbers, before the answer. What this takes is added
+    to its durations. So opening and recording cost one wait."""
 
 
 class StepsOpened(Frame, frozen=True, tag="steps_opened"):
@@ -248,14 +251,16 @@ class Channel:
         self._in_fds: deque[int] = deque()
         self._out: deque[tuple[memoryview, list[int]]] = deque()
         self._soon = bytearray()
+        self._timer: asyncio.TimerHandle | None = None
         self._is_waiting = False
         self.is_open = True
         self._loop.add_reader(sock.fileno(), self._readable)
 
-    def send(self, frame: Frame, fds: Sequence[int] = (), *, soon: bool = False) -> None:
+    def send(self, frame: Frame, fds: Sequence[int] = (), *, soon: bool = False, within_s: float = 0.0) -> None:
         """Queue a frame. The descriptors are duplicated by the kernel when it leaves; the copies kept are closed then.
 
-        ``soon``: it may wait for others of this turn of the loop, and leave with them in one piece.
+        ``soon``: it may wait for others of this turn of the loop, and leave with them in one piece; with ``within_s`` it may wait
+        so long for others.
         """
         if not self.is_open:
             return
@@ -265,7 +270,10 @@ class Channel:
             self.flush()
             self._queue(data, [os.dup(fd) for fd in fds])
             return
-        if soon and not self._soon:
+        if soon and within_s:
+            if self._timer is None:
+                self._timer = self._loop.call_later(within_s, self.flush)
+        elif soon and (not self._soon or self._timer is not None):
             self._loop.call_soon(self.flush)
         self._soon += data
         if not soon:
@@ -273,6 +281,9 @@ class Channel:
 
     def flush(self) -> None:
         """Send now what was to be sent soon."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._soon and self.is_open:
             data, self._soon = self._soon, bytearray()
             self._queue(data, [])

@@ -111,6 +111,8 @@ class AgentSteps:
     _open: list[OpenCall] = field(default_factory=list)
     _runtimes: dict[int, Runtime] = field(default_factory=dict)
     _pools: dict[int, Pool] = field(default_factory=dict)
+    _numbers: dict[tuple[int, int, tuple[int, ...]], int] = field(default_factory=dict)
+    """Pools by runtime (pid, start) and candidates."""
     _by_text: dict[int, float] = field(default_factory=dict)
     """Steps that a child was put into, and how sure that is."""
     _proposed: set[int] = field(default_factory=set)
@@ -187,7 +189,8 @@ class AgentSteps:
 
     def close_ended(self) -> None:
         """Close the steps of runtimes that have ended."""
-        self._close([c for c in self._open if c.runtime is not None and not self.is_runtime(c.runtime.pid)])
+        living = {pid: self.is_runtime(pid) for pid in {c.runtime.pid for c in self._open if c.runtime is not None}}
+        self._close([c for c in self._open if c.runtime is not None and not living[c.runtime.pid]])
 
     def close_all(self) -> None:
         """The cell is about to end: every step of a call is over."""
@@ -336,9 +339,8 @@ class AgentSteps:
         if len(wanted) < 2:
             place = wanted[0] if wanted else runtime.home
         else:
-            pool = Pool(runtime, wanted)
-            place = next((number for number, known in self._pools.items() if known == pool), _POOLS + len(self._pools))
-            self._pools[place] = pool
+            place = self._numbers.setdefault((runtime.pid, runtime.start_ticks, wanted), _POOLS + len(self._pools))
+            self._pools[place] = Pool(runtime, wanted)
         if place == runtime.place:
             return
         try:

@@ -88,15 +88,19 @@ class RecordingNode:
         agent: str = "",
         pid: int | None = None,
         on_host: bool = False,
+        closing: ModelCall | None = None,
     ) -> tuple[int, ...]:
         """As the protocol says."""
-        del cell, model_call, agent, on_host, pid
+        del model_call, agent, on_host, pid
         self._check()
         await asyncio.sleep(self.step_s)
         self.log.append(f"open_steps {branch} {','.join(call.id for call in calls)}")
         first = self.steps
         self.steps += len(calls)
-        return tuple(range(first, self.steps))
+        steps = tuple(range(first, self.steps))
+        if closing is not None:
+            await self.append(cell, msgspec.structs.replace(closing, steps=list(steps)))
+        return steps
 
     async def close_steps(self, cell: str, branch: str) -> None:
         """As the protocol says."""

@@ -93,7 +93,8 @@ class Upstream:
         ]
         data = b"".join(self._parser.send(event) or b"" for event in events)
         self._counters.bytes_out += len(data)
-        await asyncio.wait_for(self._stream.send(data), IDLE_S)
+        async with asyncio.timeout(IDLE_S):
+            await self._stream.send(data)
 
     async def read_head(self) -> ResponseHead:
         """The final answer's head, or that of 101; other interim answers are passed over.
@@ -149,7 +150,8 @@ class Upstream:
         data = self._parser.send(event)
         if data:
             self._counters.bytes_out += len(data)
-            await asyncio.wait_for(self._stream.send(data), IDLE_S)
+            async with asyncio.timeout(IDLE_S):
+                await self._stream.send(data)
 
     async def _next_event(self) -> object:
         try:

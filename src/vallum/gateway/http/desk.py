@@ -28,6 +28,8 @@ from vallum.gateway.spending import purse_of
 from vallum.gateway.tls.termination import HandshakeError
 from vallum.rules.budgets import Usage
 
+WAITING: frozenset[str] = frozenset({"model"})
+"""Services that wait for :attr:`Exchange.opened` themselves, before anything leaves: they ask the node in the same moment."""
 MAX_CLOSING = 16
 """Requests of one flow whose end is being recorded, before the next has to wait."""
 _GONE = Decision(verdict="deny", rule="internal-error", reason="the node did not answer, so nothing was sent")
@@ -112,9 +114,7 @@ class RequestDesk:
                 await exchange.refuse(judgement.decision, judgement.status)
                 return
             try:
-                await self._record(
-                    "opened", exchange.id, exchange, judgement.decision, owner, service=judgement.service
-                )
+                await self._open(exchange, judgement, owner)
             except asyncio.CancelledError:
                 # It may have been written: then its end has to be, too.
                 await self._close(exchange, judgement.decision, owner, judgement.service)
@@ -124,6 +124,16 @@ class RequestDesk:
             await exchange.refuse(_GONE, 503)
             return
         await self._serve(exchange, judgement, owner)
+
+    async def _open(self, exchange: Exchange, judgement: Judgement, owner: Owner) -> None:
+        if judgement.service not in WAITING:
+            await self._record("opened", exchange.id, exchange, judgement.decision, owner, service=judgement.service)
+            return
+        recording = self._record(
+            "opened", exchange.id, exchange, judgement.decision, owner, service=judgement.service, soon=True
+        )
+        exchange.opened = asyncio.ensure_future(recording)
+        exchange.opened.add_done_callback(_mark_seen)
 
     def _charge(self, judgement: Judgement) -> Judgement:
         """Count an allowed request against the budget of its grant; denied when that is used up."""
@@ -161,7 +171,7 @@ class RequestDesk:
 
         async def record() -> None:
             with contextlib.suppress(NodeGoneError):
-                await self._record("closed", exchange.id, exchange, decision, owner, service=service)
+                await self._record("closed", exchange.id, exchange, decision, owner, service=service, soon=True)
 
         task = asyncio.create_task(record())
         self._closing.add(task)
@@ -257,6 +267,7 @@ class RequestDesk:
         owner: Owner,
         *,
         service: str = "gateway",
+        soon: bool = False,
     ) -> None:
         """Append the request's event and wait until it is written.
 
@@ -286,7 +297,13 @@ class RequestDesk:
             phase=cell.kit.phase,
             **({} if tally is None or state == "opened" else dataclasses.asdict(tally)),
         )
-        await cell.node.append(cell.id, event)
+        await cell.node.append(cell.id, event, soon=soon)
+
+
+def _mark_seen(recorded: asyncio.Future[None]) -> None:
+    """Whoever waits for it is told; nobody may be left."""
+    if not recorded.cancelled():
+        recorded.exception()
 
 
 def status_of(error: BaseException) -> int:

@@ -7,6 +7,7 @@ judged and its opening record acknowledged.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -98,6 +99,8 @@ class Exchange(Protocol):
     decision: Decision
     """The verdict on it; ``decision.rule`` names the grant whose credential and service hold."""
     tally: Tally
+    opened: asyncio.Future[None] | None
+    """The record of its opening, on its way: only for a service of :data:`vallum.gateway.http.desk.WAITING`. Raises NodeGoneError."""
 
     def body(self) -> AsyncIterator[bytes]:
         """The request's body, as it comes; ends at its end. Reading it slows the guest down.
@@ -126,6 +129,10 @@ class Exchange(Protocol):
 
     async def end(self) -> None:
         """The answer is complete."""
+        ...
+
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """The whole answer in one piece, where that can be; no body goes to a HEAD."""
         ...
 
     async def switch(self, headers: Headers) -> Stream:

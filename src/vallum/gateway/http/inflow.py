@@ -39,7 +39,8 @@ class Inflow:
             if self._ended:
                 return b""
             self._changed.clear()
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
         data = bytes(self._kept)
         self._kept.clear()
         self._taken.set()

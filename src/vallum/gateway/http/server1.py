@@ -59,6 +59,7 @@ class Exchange1:
         self.carrier = server.carrier
         self.decision = _UNDECIDED
         self.tally = Tally()
+        self.opened: asyncio.Future[None] | None = None
         self.switched: GuestStream | None = None
         self.must_close = False
         self._server = server
@@ -108,6 +109,9 @@ class Exchange1:
 
     async def start(self, status: int, headers: Headers, *, length: int | None) -> None:
         """As :meth:`Exchange.start`."""
+        await self._write(self._begin(status, headers, length=length))
+
+    def _begin(self, status: int, headers: Headers, *, length: int | None) -> bytes | None:
         framing: list[tuple[bytes, bytes]] = [] if length is None else [(b"content-length", b"%d" % length)]
         if self.must_close or self._expects:
             # A guest that waits for 100 and hears the end instead may send the body or may not.
@@ -115,8 +119,7 @@ class Exchange1:
             framing.append((b"connection", b"close"))
         self._started = True
         self.tally.status = status
-        response = h11.Response(status_code=status, headers=[*headers, *framing])
-        await self._write(self._parser.send(response))
+        return self._parser.send(h11.Response(status_code=status, headers=[*headers, *framing]))
 
     async def send(self, data: bytes) -> None:
         """As :meth:`Exchange.send`."""
@@ -127,6 +130,16 @@ class Exchange1:
     async def end(self) -> None:
         """As :meth:`Exchange.end`."""
         await self._write(self._parser.send(h11.EndOfMessage()))
+        self._ended = True
+
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """As :meth:`Exchange.answer`."""
+        parts = [self._begin(status, headers, length=len(body))]
+        if self.head.method != "HEAD":
+            self.tally.bytes_in += len(body)
+            parts.append(self._parser.send(h11.Data(data=body)))
+        parts.append(self._parser.send(h11.EndOfMessage()))
+        await self._write(b"".join(part for part in parts if part))
         self._ended = True
 
     async def switch(self, headers: Headers) -> Stream:
@@ -161,10 +174,7 @@ class Exchange1:
             await self.abort(decision.reason)
             return
         status, headers, body = render(self.head, decision, status)
-        await self.start(status, headers, length=len(body))
-        if self.head.method != "HEAD":
-            await self.send(body)
-        await self.end()
+        await self.answer(status, headers, body)
 
     async def settle(self) -> bytes | None:
         """After the answer: what the guest sent behind this request, or None when the connection cannot go on."""
@@ -185,7 +195,8 @@ class Exchange1:
 
     async def _write(self, data: bytes | None) -> None:
         if data:
-            await asyncio.wait_for(self._server.stream.send(data), SEND_STALL_S)
+            async with asyncio.timeout(SEND_STALL_S):  # no task of its own, as wait_for makes
+                await self._server.stream.send(data)
 
 
 class Server1:

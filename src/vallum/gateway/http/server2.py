@@ -102,6 +102,7 @@ class Exchange2:
         self.carrier = server.carrier
         self.decision = Decision(verdict="deny", rule="internal-error", reason="it was not judged")
         self.tally = Tally()
+        self.opened: asyncio.Future[None] | None = None
         self.stream_id = stream_id
         self.gone = asyncio.Event()
         """Set when the guest reset the stream, or its connection ended."""
@@ -172,6 +173,13 @@ class Exchange2:
         self._ended = True
         await self._server.end_stream(self, is_body_complete=self._is_complete)
 
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """As :meth:`Exchange.answer`."""
+        await self.start(status, headers, length=len(body))
+        if self.head.method != "HEAD":
+            await self.send(body)
+        await self.end()
+
     async def switch(self, headers: Headers) -> Stream:
         """As :meth:`Exchange.switch`."""
         raise NoUpgradeError("HTTP/2 has no upgrade; ask with HTTP/1.1")
@@ -192,10 +200,7 @@ class Exchange2:
             await self.abort(decision.reason)
             return
         status, headers, body = render(self.head, decision, status)
-        await self.start(status, headers, length=len(body))
-        if self.head.method != "HEAD":
-            await self.send(body)
-        await self.end()
+        await self.answer(status, headers, body)
 
     def drop_rest(self) -> int:
         """Forget what was not read of the body: how much of the connection's window it takes."""
@@ -427,7 +432,8 @@ class Server2:
                 await self._unsent.wait()
                 self._unsent.clear()
                 while data := self._conn.data_to_send():
-                    await asyncio.wait_for(self._stream.send(data), SEND_STALL_S)
+                    async with asyncio.timeout(SEND_STALL_S):
+                        await self._stream.send(data)
                 self._sent.set()
         finally:
             for exchange in self._exchanges.values():

@@ -75,6 +75,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     wants_events: bool = True
     """A stream is to be one of events (Gemini's may be a JSON list otherwise)."""
     on_host: bool = False
+    opened: asyncio.Future[None] | None = None
+    """The record of the request that brought it, see :attr:`Exchange.opened`; nothing leaves before."""
 
 
 class ModelCalls:
@@ -242,7 +244,7 @@ class ModelCalls:
         known: dict[str, Any] = {"branch": place.branch, "parent": place.parent, "model": request.model}
         known |= {"model_used": plan.model, "upstream": plan.origin, "stream": request.stream}
         offered = hashlib.sha256(tools.encode()).digest()
-        opened = self._record(
+        opening = self._make_event(
             asked,
             "opened",
             call,
@@ -253,8 +255,13 @@ class ModelCalls:
             stripped=plan.stripped,
             **known,
         )
+        # Everything that the node is asked leaves in one piece. The steps may go on ending while the upstream thinks.
+        ending = asyncio.ensure_future(self._close_steps(place.goes_on))
+        ending.add_done_callback(_mark_seen)
         try:
-            await asyncio.gather(opened, self._close_steps(place.goes_on))
+            await asyncio.ensure_future(self._cell.node.append(self._cell.id, opening))
+            if asked.opened is not None:
+                await asyncio.shield(asked.opened)
         except NodeGoneError:
             plan.give_back(self._spend)
             raise
@@ -264,12 +271,15 @@ class ModelCalls:
             fetched = await self._decide(plan, asked, answer)
             self._refusals = 0
             reply = fetched.reply
-            if reply.tool_calls:
-                closing["steps"] = await self._open_steps(reply, asked, call, place.branch)
+            await ending
             self._branches.answered(place, call, Message("assistant", reply.parts), with_ids=with_ids)
             self._keep_said(plan, reply, asked)
-            closing |= told(reply) | {"status": 200}
-            await self._close(plan, asked, call, closing, started_ns)
+            done = closing | told(reply) | {"status": 200}
+            if reply.tool_calls:
+                record = self._make_closing(plan, asked, call, done, started_ns)
+                await self._open_steps(reply, asked, call, place.branch, record)
+            else:
+                await self._close(plan, asked, call, done, started_ns)
             answer.headers = ((b"x-vallum-call", call.encode()), *answer.headers)
             fetched.deliver(answer)
             self._last.keep(place.branch, key, answer)
@@ -336,7 +346,8 @@ class ModelCalls:
         if self._open.pop(branch, 0):
             await self._cell.node.close_steps(self._cell.id, branch)
 
-    async def _open_steps(self, reply: Reply, asked: Asked, call: str, branch: str) -> list[int]:
+    async def _open_steps(self, reply: Reply, asked: Asked, call: str, branch: str, closing: ModelCall) -> None:
+        """A step for each call of the reply, then the record of the reply, which names them."""
         calls = [ProposedCall(id=c.id, name=c.name, arguments=c.arguments) for c in reply.tool_calls]
         process = asked.owner.process
         self._open.pop(branch, 0)
@@ -344,7 +355,7 @@ class ModelCalls:
         while self._open and sum(self._open.values()) + len(calls) > MAX_OPEN_STEPS:
             await self._close_steps(next(iter(self._open)))
         self._open[branch] = len(calls)
-        steps = await self._cell.node.open_steps(
+        await self._cell.node.open_steps(
             self._cell.id,
             branch=branch,
             model_call=call,
@@ -352,14 +363,17 @@ class ModelCalls:
             agent=asked.agent,
             pid=process.pid if process is not None else None,
             on_host=asked.on_host,
+            closing=closing,
         )
-        return list(steps)
 
     async def _close(self, plan: Plan, asked: Asked, call: str, closing: dict[str, Any], started_ns: int) -> None:
+        await self._cell.node.append(self._cell.id, self._make_closing(plan, asked, call, closing, started_ns))
+
+    def _make_closing(self, plan: Plan, asked: Asked, call: str, closing: dict[str, Any], started_ns: int) -> ModelCall:
         cost = plan.settle(self._spend)
         duration_ns = mono_ns() - started_ns
         verdict: Verdict = closing.pop("verdict", "allow")
-        await self._record(
+        return self._make_event(
             asked,
             "closed",
             call,
@@ -384,7 +398,10 @@ class ModelCalls:
             _, (_, size) = self._said.popitem(last=False)
             self._said_bytes -= size
 
-    async def _record(
+    async def _record(self, asked: Asked, state: Any, call: str, verdict: Verdict = "allow", **fields: Any) -> None:
+        await self._cell.node.append(self._cell.id, self._make_event(asked, state, call, verdict, **fields))
+
+    def _make_event(
         self,
         asked: Asked,
         state: Any,
@@ -394,8 +411,8 @@ class ModelCalls:
         rule: str = ALLOWED,
         reason: str = "",
         **fields: Any,
-    ) -> None:
-        event = ModelCall(
+    ) -> ModelCall:
+        return ModelCall(
             t_ns=wall_ns(),
             mono_ns=mono_ns(),
             scope=asked.owner.scope,
@@ -409,7 +426,12 @@ class ModelCalls:
             agent=asked.agent,
             **{"model": asked.route.model, **fields},
         )
-        await self._cell.node.append(self._cell.id, event)
+
+
+def _mark_seen(ending: asyncio.Future[None]) -> None:
+    """Steps that could not be closed are no error of a call that failed before it looked."""
+    if not ending.cancelled():
+        ending.exception()
 
 
 def _remember(kept: OrderedDict[str, bytes], key: str, value: bytes, limit: int) -> None:

@@ -231,6 +231,7 @@ class _Relayed:
         self.carrier = outer.carrier
         self.decision = outer.decision
         self.tally: Tally = outer.tally
+        self.opened = outer.opened
         own = (*JSON,) if body else ()
         headers = tuple(pair for pair in outer.head.headers if pair[0] not in _DROPPED)
         self.head = msgspec.structs.replace(
@@ -272,6 +273,12 @@ class _Relayed:
             )
         else:
             await self._outer.start(status, headers, length=length)
+
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """As :meth:`Exchange.answer`."""
+        await self.start(status, headers, length=len(body))
+        await self.send(body)
+        await self.end()
 
     async def send(self, data: bytes) -> None:
         """As :meth:`Exchange.send`."""

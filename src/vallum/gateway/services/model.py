@@ -7,6 +7,7 @@ Not covered: what a provider itself keeps of the words it was sent.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import weakref
 
@@ -94,7 +95,9 @@ class ModelService:
             reason = f"the request has more than {MAX_BODY_BYTES} bytes"
             await _send_error(exchange, route, 413, RefusedError(413, "malformed", reason))
             return
-        answer = await _answer(self._calls, self._carrier.cell, head, route, body, owner, self._carrier.id)
+        answer = await _answer(
+            self._calls, self._carrier.cell, head, route, body, owner, self._carrier.id, opened=exchange.opened
+        )
         exchange.tally.bytes_out = len(body)
         exchange.tally.credential = door.credential
         answer.readers += 1
@@ -153,6 +156,7 @@ async def _answer(
     flow: str,
     *,
     on_host: bool = False,
+    opened: asyncio.Future[None] | None = None,
 ) -> Answer:
     query = head.target.partition("?")[2]
     asked = Asked(
@@ -164,6 +168,7 @@ async def _answer(
         flow=flow,
         wants_events=route.dialect != "gemini" or not route.stream or "alt=sse" in query.split("&"),
         on_host=on_host,
+        opened=opened,
     )
     if route.operation == "generate":
         return await calls.ask(asked)
@@ -189,6 +194,10 @@ async def _give(exchange: Exchange, answer: Answer) -> None:
         await exchange.abort(answer.failure)
         return
     # What is not streamed is written in one go with its head.
+    await _opened(exchange)
+    if answer.is_over and not answer.failure and not answer.is_stream:
+        await exchange.answer(answer.status, answer.headers, answer.body())
+        return
     await exchange.start(answer.status, answer.headers, length=None if answer.is_stream else answer.size)
     async for piece in answer.pieces():
         await exchange.send(piece)
@@ -202,10 +211,14 @@ async def _send_error(exchange: Exchange, route: Route | None, status: int, erro
     dialect = DIALECTS[route.dialect if route is not None else "chat"]
     body = dump(dialect.write_error(status, error.reason, error.rule)).encode()
     headers = (*_JSON, (b"x-vallum-rule", error.rule.encode()), (b"x-should-retry", b"false"))
-    await exchange.start(status, headers, length=len(body))
-    if exchange.head.method != "HEAD":
-        await exchange.send(body)
-    await exchange.end()
+    await _opened(exchange)
+    await exchange.answer(status, headers, body)
+
+
+async def _opened(exchange: Exchange) -> None:
+    """Wait for the record of the request. Raises NodeGoneError."""
+    if exchange.opened is not None:
+        await asyncio.shield(exchange.opened)
 
 
 def _new_id() -> str:
