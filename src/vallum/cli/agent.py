@@ -17,6 +17,7 @@ from vallum.agent.harness.catalog import HARNESSES
 from vallum.agent.limits import Limits
 from vallum.cli.agent_harness import run_harness
 from vallum.cli.agent_reference import EXIT_CODES, ReferenceOptions, run_reference, summarise
+from vallum.cli.copying import check_copies, copy_all, copy_out_option
 from vallum.cli.run import print_summary
 from vallum.client.face import Node, Sandbox
 from vallum.client.model import Model, ModelBudget
@@ -52,6 +53,7 @@ WORK = "/work"
     "--work", metavar="DIR", help="Show DIR copy-on-write at /work and start there; DIR itself is not changed."
 )
 @click.option("--diff", "show_diff", is_flag=True, help="Print which files changed at the end.")
+@copy_out_option
 @click.option("--max-turns", type=int, default=100, show_default=True, help="Replies of the model.")
 @click.option("--max-tokens", type=int, metavar="N", help="Prompt and completion tokens over all calls.")
 @click.option("--max-cost", type=float, metavar="USD", help="Where the upstream's price is known.")
@@ -63,6 +65,10 @@ WORK = "/work"
 @click.option(
     "--hook", "hooks", multiple=True, metavar="CMD", help="Program run on the host before and after each tool call."
 )
+@click.option(
+    "--mcp", "mcp", multiple=True, metavar="CMD",
+    help="MCP server started in the cell, which speaks over stdin and stdout; its tools are the agent's. Repeatable.",
+)  # fmt: skip
 @click.option("--transcript", type=click.Path(path_type=Path), help="Keep the conversation in this file.")
 @click.option("--resume", is_flag=True, help="Go on from --transcript.")
 @click.option("--interactive", "-i", is_flag=True, help="Ask for another task after each.")
@@ -81,6 +87,8 @@ def agent(places: Places, /, **options: Any) -> None:
     Exit codes: 0 submitted, 5 ended without (limits, model, format), 125 containment stopped it.
     With --harness the agent's own; 124 when its time was up; 125 also when it cannot be installed.
     """
+    if options["harness"] and options["mcp"]:
+        raise click.UsageError("--mcp is for our own agent: tell the harness of its servers in its own configuration")
     if options["harness"]:
         sys.exit(asyncio.run(run_harness(places, options, make_model(options))))
     if not options["task"] and not options["resume"]:
@@ -125,6 +133,7 @@ def make_model(options: dict[str, Any]) -> Model:
 async def _run(places: Places, options: dict[str, Any]) -> int:
     model = make_model(options)
     work = options["work"]
+    copies = check_copies(options["copies"])
     async with Node(places=places) as node:
         sandbox = await node.sandbox(
             options["image"],
@@ -143,6 +152,8 @@ async def _run(places: Places, options: dict[str, Any]) -> int:
             code = EXIT_CODES[outcome.status]
             if options["show_diff"]:
                 await _print_diff(sandbox)
+            lost = await copy_all(sandbox, copies, quiet=options["quiet"] or options["as_json"])
+            code = code or (lost.exit_code if lost is not None else 0)
         finally:
             with contextlib.suppress(VallumError):
                 await sandbox.close(exit_code=code)
@@ -170,6 +181,7 @@ def _reference(options: dict[str, Any]) -> ReferenceOptions:
         transcript=options["transcript"],
         resume=options["resume"],
         hooks=options["hooks"],
+        mcp=options["mcp"],
         interactive=options["interactive"],
         quiet=options["quiet"],
         as_json=options["as_json"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from vallum.agent.limits import Limits
 from vallum.agent.loop import Agent, Observer, Outcome
 from vallum.agent.models.gateway import GatewayModel
 from vallum.agent.reference import make_agent
+from vallum.agent.tools.base import Tool
+from vallum.agent.tools.mcp import open_mcp_tools
 from vallum.agent.transcript import Transcript, read_transcript
 from vallum.cli.agent_view import TerminalView
 from vallum.cli.run import is_denial
@@ -40,6 +43,8 @@ class ReferenceOptions(msgspec.Struct, frozen=True, kw_only=True):
     resume: bool = False
     hooks: tuple[str, ...] = ()
     """Command lines of hooks, run on the host; split as a shell would."""
+    mcp: tuple[str, ...] = ()
+    """Command lines of MCP servers, run in the cell."""
     interactive: bool = False
     """Go on with another task after each, asked for on the terminal."""
     quiet: bool = False
@@ -50,10 +55,15 @@ async def run_reference(sandbox: Sandbox, options: ReferenceOptions) -> Outcome:
     """Work on the task (and, when interactive, on those that follow). The sandbox must have a model.
 
     Raises:
-        InvalidInput: the transcript cannot be read or exists already; a hook cannot be run.
+        InvalidInput: the transcript cannot be read or exists already; a hook or an MCP server cannot be run.
     """
+    async with open_mcp_tools(sandbox, options.mcp, cwd=options.workdir, user=options.user) as tools:
+        return await _work(sandbox, options, tools)
+
+
+async def _work(sandbox: Sandbox, options: ReferenceOptions, tools: Sequence[Tool]) -> Outcome:
     view = None if options.quiet or options.as_json else TerminalView()
-    agent = await _make(sandbox, options, view)
+    agent = await _make(sandbox, options, view, tools)
     try:
         if options.resume:
             assert options.transcript is not None
@@ -74,7 +84,7 @@ async def run_reference(sandbox: Sandbox, options: ReferenceOptions) -> Outcome:
             await agent.close()
 
 
-async def _make(sandbox: Sandbox, options: ReferenceOptions, view: TerminalView | None) -> Agent:
+async def _make(sandbox: Sandbox, options: ReferenceOptions, view: TerminalView | None, tools: Sequence[Tool]) -> Agent:
     path = options.transcript
     if path is not None and path.exists() != options.resume:
         raise InvalidInput(
@@ -91,6 +101,7 @@ async def _make(sandbox: Sandbox, options: ReferenceOptions, view: TerminalView 
         hooks=[CommandHook(_split(line)) for line in options.hooks],
         transcript=Transcript(path),
         observer=view or Observer(),
+        tools=tools,
     )
 
 

@@ -59,6 +59,22 @@ class Process:
         request = wire.Input(seq=self._connection.next_seq(), to=self._seq, data=data, eof=eof)
         await self._connection.call(request, type(None))
 
+    async def enter_step(self, step: int) -> None:
+        """Charge the command to an open step from now on: for a server that works for one tool call after another.
+
+        With it go the processes that it had started by the first time. What it starts later stays charged to the step in
+        which it was started, as everything does; connections that are open already stay where they were opened. From the
+        first time on, ending the command ends what is left in the steps that it entered, too.
+
+        Raises:
+            InvalidInput: the step is not open, or the command has not a step of its own (it was started inside
+                ``sb.step()``, so others are charged to its step).
+            CellGone: the command or the cell has ended.
+        """
+        await asyncio.sleep(0)  # the request that starts it leaves first
+        request = wire.EnterStep(seq=self._connection.next_seq(), to=self._seq, step=step)
+        await self._connection.call(request, type(None))
+
     def signal(self, signum: int) -> None:
         """Send a signal to its process group."""
         self._connection.post(wire.Signal(seq=self._connection.next_seq(), to=self._seq, signum=signum))

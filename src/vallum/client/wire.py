@@ -191,6 +191,13 @@ class Input(Request, frozen=True, tag="exec.input"):
     eof: bool
 
 
+class EnterStep(Request, frozen=True, tag="exec.enter_step"):
+    """Charge the exec with seq ``to`` to another open step from now on. Answer: None."""
+
+    to: int
+    step: int
+
+
 class Signal(Request, frozen=True, tag="exec.signal"):
     """Signal the exec with seq ``to``. No answer."""
 
@@ -333,6 +340,7 @@ AnyRequest = (
     | Exec
     | ModelRequest
     | Input
+    | EnterStep
     | Signal
     | Cancel
     | Resize

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vallum.client import wire
@@ -18,6 +18,7 @@ from vallum.core.errors import (
     CommandNotExecutable,
     CommandNotFound,
     Contained,
+    InvalidInput,
     SandboxError,
     StepTimeout,
     VallumError,
@@ -39,6 +40,9 @@ WATCH_AFTER_S = 0.002
 """When the pipes of a command begin to be read. Most commands have ended by then, and are read once; one that fills its pipes
 sooner waits that long."""
 
+MAX_ROUNDS = 8
+"""How often what a command has started is looked for when it changes its step."""
+
 Relay = Callable[[str, bytes], Awaitable[None] | None]
 
 
@@ -53,6 +57,28 @@ class Running:
     is_cancelled: bool = False
     limit: asyncio.Timeout | None = None
     """Around the wait for its end."""
+    residents: set[int] = field(default_factory=set)
+    """Its processes that go with it from step to step."""
+    entered: set[int] = field(default_factory=set)
+    """Steps that it went to."""
+
+    at: int | None = None
+    """The step that it is in, once it has left its own."""
+    is_over: bool = False
+
+    def take_along(self, index: int) -> None:
+        """Move what it has started so far. What a process forks just before it is moved is found the next time round."""
+        own = self.step.index
+        for _ in range(MAX_ROUNDS):
+            found = set(self.live.cell.pids(own)) - self.residents - {self.child.pid}
+            if not found:
+                break
+            for pid in found:
+                self.residents.add(pid)
+                with contextlib.suppress(SandboxError):
+                    self.live.cell.charge(pid, step=index)  # gone meanwhile is no error
+        self.residents.add(self.child.pid)
+        self.live.residents |= self.residents
 
     def cancel(self) -> None:
         """End it and what its step started; whoever waits for it is told."""
@@ -79,6 +105,7 @@ class CommandRunner:
         self._request = request
         self._relay = relay
         self.running: Running | None = None
+        self._started = asyncio.Event()
         self._early: list[tuple[bytes, bool]] = []
         self._is_cancelled = False
 
@@ -100,12 +127,45 @@ class CommandRunner:
                 feed.end()
         return feed
 
+    async def enter_step(self, index: int) -> None:
+        """Charge the command, and what it had started by the first time, to the open step ``index`` from now on.
+
+        Raises:
+            InvalidInput: the step is not open, or others are charged to the command's own.
+            CellGone: it has ended.
+        """
+        await self._started.wait()
+        running, live = self.running, self._live
+        if running is None or running.is_over:
+            raise CellGone("the command has ended: start it again")
+        if running.step.is_block:
+            raise InvalidInput("the command was started in a step of several commands: start it outside of sb.step()")
+        await live.enter_step(index, "exec", None)  # raises when it is not open
+        await live.cell.move(running.child, step=index)
+        if not running.entered:
+            running.take_along(index)
+        elif running.at is not None:
+            for pid in running.residents & set(live.cell.pids(running.at)):
+                with contextlib.suppress(SandboxError):
+                    live.cell.charge(pid, step=index)  # gone meanwhile is no error
+        running.entered.add(index)
+        running.at = index
+
     async def run(self) -> wire.Ran:
         """Run to the end.
 
         Raises:
             StepTimeout, Contained, CellGone, InvalidInput
         """
+        try:
+            return await self._run()
+        finally:
+            self._started.set()
+            if self.running is not None:
+                self.running.is_over = True
+                self._live.residents -= self.running.residents
+
+    async def _run(self) -> wire.Ran:
         request, live = self._request, self._live
         step, opening = await live.enter_step(request.step, "exec", request.tool_call)
         arguments: dict[str, object] = {
@@ -145,6 +205,7 @@ class CommandRunner:
         ]
         feed = Feed(child.stdin, closes=not request.pty) if child.stdin is not None else None
         self.running = Running(live=live, step=step, child=child, feed=feed, is_cancelled=self._is_cancelled)
+        self._started.set()
         if feed is not None:
             if request.stdin is not None:
                 feed.write(request.stdin)
@@ -197,7 +258,8 @@ async def wait_or_stop(running: Running, timeout_s: float | None) -> tuple[Exit,
         stopped = "cancelled" if running.is_cancelled else "timeout"
     finally:
         running.limit = None
-    await live.kill_step(running.step.index)
+    for index in (running.step.index, *running.entered):
+        await live.kill_step(index)
     try:
         return await asyncio.wait_for(live.cell.wait(child), KILL_WAIT_S), stopped
     except TimeoutError:

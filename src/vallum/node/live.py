@@ -105,6 +105,8 @@ class LiveCell:
         self._exits: dict[int, int] = {}
         """Step -> when the last of its processes ended; a few processes more cannot make it forgotten."""
         self.shells: dict[str, Shell] = {}
+        self.residents: set[int] = set()
+        """Processes of servers, which go from step to step (:meth:`vallum.node.commands.CommandRunner.enter_step`)."""
         self.steps: dict[int, Step] = {}
         self._due: list[Step] = []
         self._closing: asyncio.TimerHandle | None = None
@@ -216,6 +218,7 @@ class LiveCell:
         usage = self._watcher.step_closing(self, step.index)
         running = set(self.cell.pids(step.index) if usage.pids != 0 else ())
         running -= {shell.child.pid for shell in self.shells.values()}
+        running -= self.residents
         running = {pid for pid in running if not self.agents.is_runtime(pid)}
         now = clock.mono_ns()
         counted = self.book.tally(self.episode).processes_by_step.get(step.index)

@@ -13,7 +13,7 @@ from typing import Any
 
 from vallum.client import wire
 from vallum.client.frames import FrameStream
-from vallum.core.errors import GuestFileError, InvalidInput, NodeError, StepTimeout, VallumError
+from vallum.core.errors import CellGone, GuestFileError, InvalidInput, NodeError, StepTimeout, VallumError
 from vallum.node.commands import CommandRunner
 from vallum.node.house import House
 from vallum.version import __version__
@@ -148,6 +148,11 @@ class Client:
                 return self._welcome(request)
             case wire.Exec():
                 return await house.run_command(self._execs.get(request.seq), request, me)
+            case wire.EnterStep():
+                if (runner := self._execs.get(request.to)) is None:
+                    raise CellGone("the command has ended: start it again")
+                await runner.enter_step(request.step)
+                return None
             case wire.OpenStep():
                 return (await house.get(request.sandbox, me).open_step("block", request.tool_call, is_block=True)).index
             case wire.Status():
