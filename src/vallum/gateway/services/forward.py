@@ -196,10 +196,11 @@ class Forward:
         reading = asyncio.create_task(upstream.read_head())
         try:
             await asyncio.wait({reading, sending}, return_when=asyncio.FIRST_COMPLETED)
+            # Looked at first: a server that answers at once does not make up for a body that must not be sent.
+            error = sending.exception() if sending.done() else None
+            if error is not None and not isinstance(error, OSError):
+                raise error
             if not reading.done():
-                error = sending.exception()
-                if error is not None and not isinstance(error, OSError):
-                    raise error
                 # The server may have closed its ear and answered nevertheless.
                 await asyncio.wait({reading})
             return reading.result()
