@@ -55,11 +55,12 @@ def _record_hash(data: bytes) -> str:
     return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
-def make_sdist(name: str, version: str, setup: str) -> bytes:
-    """A source distribution whose ``setup.py`` is ``setup``: it runs when the package is built."""
+def make_sdist(name: str, version: str, backend: str) -> bytes:
+    """A source distribution that brings its build backend along (PEP 517); the module ``backend`` runs when it is built."""
     top = f"{name}-{version}"
+    build = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     info = f"Metadata-Version: 1.1\nName: {name}\nVersion: {version}\n"
-    return make_tarball({f"{top}/setup.py": setup, f"{top}/PKG-INFO": info, f"{top}/{name}.py": ""})
+    return make_tarball({f"{top}/pyproject.toml": build, f"{top}/backend.py": backend, f"{top}/PKG-INFO": info})
 
 
 def make_npm(name: str, version: str, *, scripts: Mapping[str, str] | None = None) -> bytes:

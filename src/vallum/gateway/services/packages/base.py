@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Literal, Protocol
+from urllib.parse import urljoin
 
 import msgspec
 
@@ -118,6 +119,14 @@ def locate(url: str) -> str:
     return f"{scheme}://{authority}{slash + path if normal is None else encode_path(normal)}"
 
 
+def resolve(base: str, url: str) -> str:
+    """Where ``url`` of a page at ``base`` leads, as :func:`locate` writes it. Raises UnreadableError: nowhere."""
+    try:
+        return locate(urljoin(base, url))
+    except ValueError as error:
+        raise UnreadableError(f"the index has a URL that is none ({error})") from error
+
+
 def check_digest(algorithm: str, digits: str) -> Digests:
     """The digest, when it is one that hashlib can compute; otherwise none."""
     digits = digits.lower()
@@ -132,11 +141,11 @@ def read_time(text: object) -> int | None:
         return None
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return int(moment.timestamp() * 1_000_000) * 1000
+    except (ValueError, OverflowError):
         return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return int(moment.timestamp() * 1_000_000) * 1000
 
 
 def replace_header(headers: Headers, name: bytes, value: bytes) -> Headers:

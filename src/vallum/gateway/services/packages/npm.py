@@ -9,7 +9,7 @@ import base64
 import binascii
 import re
 from typing import Any
-from urllib.parse import unquote, urljoin
+from urllib.parse import unquote
 
 import msgspec
 
@@ -20,9 +20,9 @@ from vallum.gateway.services.packages.base import (
     UnreadableError,
     Vouch,
     check_digest,
-    locate,
     read_time,
     replace_header,
+    resolve,
 )
 
 ABBREVIATED = "application/vnd.npm.install-v1+json"
@@ -75,7 +75,7 @@ class Npm:
             if not isinstance(dist, dict) or not isinstance(dist.get("tarball"), str):
                 raise UnreadableError(f"version {version} of the packument has no tarball")
             published_ns = published.get(version)
-            vouches[locate(urljoin(url, dist["tarball"]))] = Vouch(
+            vouches[resolve(url, dist["tarball"])] = Vouch(
                 ecosystem="npm",
                 name=str(page.get("name", "")),
                 version=version,

@@ -17,9 +17,9 @@ from vallum.gateway.services.packages.base import (
     UnreadableError,
     Vouch,
     check_digest,
-    locate,
     read_time,
     replace_header,
+    resolve,
 )
 
 JSON = "application/vnd.pypi.simple.v1+json"
@@ -114,7 +114,7 @@ def _read_json(url: str, body: bytes, *, accept: str, newest_ns: int | None) -> 
     for file in files:
         if not isinstance(file, dict) or not isinstance(file.get("url"), str):
             raise UnreadableError("the simple index has a file without a URL")
-        at = locate(urljoin(url, file["url"]))
+        at = resolve(url, file["url"])
         name, version = split_file(unquote(at.rpartition("/")[2]))
         published_ns = read_time(file.get("upload-time"))
         digests = _digests(file.get("hashes"))
@@ -178,17 +178,19 @@ def _write_html(page: dict[str, Any], files: list[dict[str, Any]]) -> bytes:
 
 def _read_html(url: str, body: bytes) -> Reading:
     parser = _Anchors()
-    parser.feed(body.decode("utf-8", "replace"))
-    parser.close()
-    base = urljoin(url, parser.base)
+    try:
+        parser.feed(body.decode("utf-8", "replace"))
+        parser.close()
+        base = urljoin(url, parser.base)
+    except (ValueError, AssertionError) as error:
+        raise UnreadableError(f"the simple index is not HTML ({error})") from error
     vouches: dict[str, Vouch] = {}
     for values in parser.found:
         try:
-            target = urljoin(base, values["href"])
-        except ValueError:
-            continue  # no URL
-        bare, _, fragment = target.partition("#")
-        at = locate(bare)
+            at = resolve(base, values["href"])
+        except UnreadableError:
+            continue
+        fragment = values["href"].partition("#")[2]
         name, version = split_file(unquote(at.rpartition("/")[2]))
         if not name:
             continue

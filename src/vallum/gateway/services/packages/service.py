@@ -34,7 +34,7 @@ from vallum.rules.budgets import Usage
 
 ECOSYSTEMS: tuple[Ecosystem, ...] = (Debian(), Pypi(), Npm())
 MAX_INDEX_BYTES = 64 * 1024 * 1024
-SPOOL_BYTES = 1024 * 1024
+SPOOL_BYTES = 256 * 1024
 """A file up to this size is checked before its answer begins, so that a refusal can be read."""
 INDEXES_AT_ONCE = 8
 """Indexes in memory at once, of one cell."""
@@ -46,6 +46,12 @@ _CONDITIONS = frozenset({
 _PRIVATE = frozenset({b"authorization", b"cookie", b"proxy-authorization"})
 _CHANGED = frozenset({b"etag", b"last-modified", b"content-encoding", b"content-md5", b"digest", b"content-digest"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+_NOT_PLAIN = Decision(
+    verdict="deny",
+    rule="package-request",
+    reason="packages and their indexes are asked for by GET or HEAD, without a body or an upgrade",
+)
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +97,13 @@ class Packages:
         known = book_of(cell).find(url)
         path = unquote(head.path)
         vouch = known or next((guess for one in ECOSYSTEMS if (guess := one.guess(path)) is not None), None)
-        if head.method not in {"GET", "HEAD"} or head.upgrade or head.length or head.streamed:
+        index = next((one for one in ECOSYSTEMS if one.is_index(head)), None)
+        if not is_plain(head):
+            # An answer to it would be a package all the same, and nobody would have looked at it.
+            if vouch is not None or (index is not None and head.method == "GET"):
+                raise DeniedError(_NOT_PLAIN)
             await self._forward.serve(exchange)
             return
-        index = next((one for one in ECOSYSTEMS if one.is_index(head)), None)
         if known is not None and known.kind == "index":
             index = next(one for one in ECOSYSTEMS if one.name == known.ecosystem)
         elif vouch is not None:
@@ -355,6 +364,11 @@ def url_of(head: RequestHead) -> str:
     """The URL of a request, as :func:`~vallum.gateway.services.packages.base.locate` writes it."""
     host = f"[{head.host}]" if ":" in head.host else head.host
     return locate(f"{head.scheme}://{host}:{head.port}{head.target}")
+
+
+def is_plain(head: RequestHead) -> bool:
+    """Whether a request asks for something and sends nothing."""
+    return head.method in {"GET", "HEAD"} and not head.upgrade and not head.length and not head.streamed
 
 
 def unconditional(headers: Headers) -> Headers:

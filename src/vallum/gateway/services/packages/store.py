@@ -21,7 +21,7 @@ from vallum.gateway.services.packages.base import Digests
 MAX_BYTES = 4 * 1024**3
 MAX_ENTRIES = 100_000
 _PART = ".part"
-_BATCH = 1024 * 1024
+_BATCH = 256 * 1024
 
 log = logging.getLogger(__name__)
 
