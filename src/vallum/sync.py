@@ -20,6 +20,7 @@ from vallum.client import face
 from vallum.client.approvals import Approval
 from vallum.client.face import EventView, ExecResult
 from vallum.client.snapshots import FilesChanged, Snapshot
+from vallum.client.transfer import Copied
 from vallum.client.wire import RulesUpdated
 
 T = TypeVar("T")
@@ -142,6 +143,14 @@ class Sandbox:
     def write_file(self, path: str, data: bytes | str, **options: Any) -> None:
         """See :meth:`vallum.Sandbox.write_file`."""
         _loop.run(self._inner.write_file(path, data, **options))
+
+    def copy_out(self, guest: str, host: str | os.PathLike[str], **options: Any) -> Copied:
+        """See :meth:`vallum.Sandbox.copy_out`."""
+        return _loop.run(self._inner.copy_out(guest, host, **options))
+
+    def copy_in(self, host: str | os.PathLike[str], guest: str, **options: Any) -> None:
+        """See :meth:`vallum.Sandbox.copy_in`."""
+        _loop.run(self._inner.copy_in(host, guest, **options))
 
     def close(self) -> None:
         """End the cell."""

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vallum.core.errors import SandboxError
+from vallum.core.tar import LayerError, TarReader, split_name
 from vallum.sandbox.images.layer import OPAQUE, Unpacker
 from vallum.sandbox.images.layer_stream import LayerLimits, LayerStream
-from vallum.sandbox.images.layer_tar import LayerError, TarReader, split_name
 from vallum.testing.image_layouts import Item, make_layer, name_bytes
 
 IS_ROOT = os.geteuid() == 0

@@ -18,6 +18,7 @@ from vallum.agent.harness.catalog import find_harness
 from vallum.agent.harness.install import GUEST_ROOT, cache_directory, install
 from vallum.agent.harness.work import SETUP_BUNDLES, install_in_cell, work
 from vallum.cli.agent_progress import Progress, follow
+from vallum.cli.copying import check_copies, copy_all
 from vallum.cli.run import is_denial, print_summary
 from vallum.client.face import EventView, Node, Sandbox
 from vallum.client.model import Model
@@ -42,6 +43,7 @@ async def run_harness(places: Places, options: dict[str, Any], model: Model) -> 
     in_setup = options["install"] == "setup-phase"
     if in_setup and options["rules_file"]:
         raise InvalidInput("--install setup-phase brings rules of its own: put its grants into your rule file instead")
+    copies = check_copies(options["copies"])
     mounts = [f"{_absolute(options['work'])}:{WORK}"] if options["work"] else []
     place = f"{GUEST_ROOT}/{harness.name}"
     if not in_setup:
@@ -72,6 +74,8 @@ async def run_harness(places: Places, options: dict[str, Any], model: Model) -> 
                     click.echo(f"{change.change:8} {change.path}", err=True)
         except VallumError as error:
             code, failure = error.exit_code, error
+        lost = await copy_all(sandbox, copies, quiet=options["quiet"] or options["as_json"])
+        code = code or (lost.exit_code if lost is not None else 0)
         with contextlib.suppress(VallumError):
             await sandbox.close(exit_code=code)
         events = await node.events(run=sandbox.run, episode=sandbox.episode)

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import msgspec
 
+from vallum.cli.copying import check_copies, copy_all, copy_out_option
 from vallum.cli.program import program
 from vallum.cli.prompt import Prompt
 from vallum.cli.terminal import feeding, interruptible, raw_terminal, terminal_size, write_all
@@ -124,6 +125,7 @@ def parse_size(text: str) -> int:
     metavar="DAYS",
     help="Refuse versions of packages that were published less than DAYS ago, where their index says so.",
 )
+@copy_out_option
 @click.option("--timeout", "timeout_s", type=float, metavar="S", help="End it after S seconds (exit code 124).")
 @click.option("--run", "run_id", metavar="ID", help="Id of the run (default: a new one).")
 @click.option("--level", default="ns", show_default=True, help="Isolation level.")
@@ -139,7 +141,7 @@ def parse_size(text: str) -> int:
 def run(places: Places, /, command: tuple[str, ...], **options: Any) -> None:
     """Contain any command: `vallum run -- CMD ARG...`.
 
-    It runs in a fresh cell with a read-only view of this machine's programs, no way out but what is
+    The host's files are never written; --copy-out GUEST:HOST takes a result along. It runs in a fresh cell with a read-only view of this machine's programs, no way out but what is
     granted, and everything it does in the record. Exit code is CMD's; 125 where containment stopped it.
     """
     if not command:
@@ -161,6 +163,7 @@ async def _run(places: Places, command: list[str], options: dict[str, Any]) -> i
     if options["work"]:
         mounts.append(f"{options['work']}:/work")
         workdir = "/work"
+    copies = check_copies(options["copies"])
     pty = sys.stdin.isatty() and sys.stdout.isatty() and not options["as_json"]
     out = 2 if options["as_json"] else 1
     prompt = Prompt(lambda stream, data: write_all(out if stream == "stdout" else 2, data), is_quiet=options["quiet"])
@@ -199,6 +202,8 @@ async def _run(places: Places, command: list[str], options: dict[str, Any]) -> i
             code, failure = 1, VallumError(f"its output could not be written: {error.strerror}; the command was ended")
             if isinstance(error, BrokenPipeError):
                 code, failure = 141, None
+        lost = await copy_all(sandbox, copies, quiet=options["quiet"] or options["as_json"])
+        code = code or (lost.exit_code if lost is not None else 0)
         with contextlib.suppress(VallumError):
             await sandbox.close(exit_code=code)
         events = await node.events(run=sandbox.run, episode=sandbox.episode)

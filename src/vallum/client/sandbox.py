@@ -7,9 +7,10 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Literal
 
-from vallum.client import wire
+from vallum.client import transfer, wire
 from vallum.client.approvals import OnApproval, answer_all
 from vallum.client.command import ExecResult, OnOutput, Process, run_command
 from vallum.client.connection import Connection
@@ -235,6 +236,63 @@ class Sandbox:
             seq=self._connection.next_seq(), sandbox=self.id, path=path, data=raw, user=user, mode=mode
         )
         await self._connection.call(request, type(None))
+
+    async def copy_out(
+        self,
+        guest: str,
+        host: str | os.PathLike[str],
+        *,
+        user: str | None = None,
+        limit_bytes: int = transfer.MAX_BYTES,
+        limit_entries: int = transfer.MAX_ENTRIES,
+        timeout_s: float = 600.0,
+    ) -> transfer.Copied:
+        """Copy a file or directory of the cell to a new path on the host. A step: the cell's ``tar`` reads it as ``user``.
+
+        Nothing is overwritten; links are neither followed nor kept, devices, set-id bits and owners not kept
+        (see :mod:`vallum.client.transfer`). Where it fails nothing is left.
+
+        Args:
+            guest: absolute, or relative to the cell's workdir.
+            host: must not be there; its parent must.
+
+        Raises:
+            GuestFileError: ``errno_name`` ENOENT, EFBIG (beyond a limit), or EIO: it changed or could not be read.
+            InvalidInput: ``host`` is there or cannot be written; ``guest`` names nothing.
+            CommandNotFound: the cell has no ``tar``.
+            StepTimeout, CellGone.
+        """
+        return await transfer.copy_out(
+            self,
+            guest,
+            Path(host),
+            user=user,
+            limit_bytes=limit_bytes,
+            limit_entries=limit_entries,
+            timeout_s=timeout_s,
+        )
+
+    async def copy_in(
+        self,
+        host: str | os.PathLike[str],
+        guest: str,
+        *,
+        user: str | None = None,
+        limit_bytes: int = transfer.MAX_BYTES,
+        timeout_s: float = 600.0,
+    ) -> None:
+        """Copy a file or directory of the host into the cell, as ``user``'s; links are kept as links. A step, as above.
+
+        Args:
+            host: a file or directory.
+            guest: what it is called there; the directory that holds it must be there. Files of the same name are replaced.
+
+        Raises:
+            InvalidInput: ``host`` cannot be read or is larger than ``limit_bytes``.
+            GuestFileError: ``tar`` in the cell could not write it.
+            CommandNotFound, StepTimeout, CellGone.
+        """
+        await transfer.copy_in(self, Path(host), guest, user=user, limit_bytes=limit_bytes, timeout_s=timeout_s)
 
     async def snapshot(self, *, processes: Literal["freeze", "end"] = "freeze") -> Snapshot:
         """Seal the cell's files as they are now; :meth:`Node.fork` makes new cells of them. The cell goes on.

@@ -12,8 +12,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from vallum.core.tar import LayerError
 from vallum.core.text import keep, show
-from vallum.sandbox.images.layer_tar import LayerError
 
 NO_WAY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 """What a way that is not there, or leads through something else than directories, ends with."""
@@ -122,7 +122,7 @@ def clear(parent: int, name: bytes) -> None:
 def remove_tree(name: bytes | str, parent: int | None = None) -> None:
     """Delete a directory and all below it, whatever the modes; never follows a link. One that is gone is no error.
 
-    For trees that nobody else can reach, at most :data:`~vallum.sandbox.images.layer_tar.MAX_DEPTH` deep.
+    For trees that nobody else can reach, at most :data:`~vallum.core.tar.MAX_DEPTH` deep.
 
     Raises:
         OSError: something cannot be deleted.

@@ -29,11 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vallum.core.errors import SandboxError
+from vallum.core.tar import LayerError, Member, TarReader, split_name
 from vallum.core.text import keep, show
 from vallum.sandbox.base import MIN_UID_RANGE
 from vallum.sandbox.images.beneath import NO_WAY, Beneath, clear, exists, is_directory, is_same
 from vallum.sandbox.images.layer_stream import LayerLimits, LayerStream
-from vallum.sandbox.images.layer_tar import LayerError, Member, TarReader, split_name
 
 OPAQUE = "user.overlay.opaque"
 WHITEOUT = b".wh."

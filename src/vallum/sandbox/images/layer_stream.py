@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import IO, Protocol, cast
 
 from vallum.core.errors import SandboxError
-from vallum.sandbox.images.layer_tar import LayerError
+from vallum.core.tar import LayerError
 
 _CHUNK = 1 << 17
 _MAX_WINDOW_BYTES = 1 << 27

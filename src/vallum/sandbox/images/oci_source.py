@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from vallum.core.errors import InvalidInput
+from vallum.core.tar import LayerError, TarReader
 from vallum.core.text import keep, show
-from vallum.sandbox.images.layer_tar import LayerError, TarReader
 from vallum.sandbox.images.oci_spec import MAX_JSON_BYTES
 
 _MAX_MEMBERS = 10_000

@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Literal
 
 from vallum.core.errors import InvalidInput, SandboxError
+from vallum.core.tar import LayerError
 from vallum.core.text import show
 from vallum.sandbox.images.beneath import remove_tree
 from vallum.sandbox.images.layer import Unpacked, Unpacker
 from vallum.sandbox.images.layer_stream import LayerLimits, LayerStream
-from vallum.sandbox.images.layer_tar import LayerError
 from vallum.sandbox.images.oci_source import Source, read_all
 from vallum.sandbox.images.syncfs_priv import sync_file_system
 
