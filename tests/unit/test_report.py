@@ -6,16 +6,23 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vallum.cli.conversation import print_conversations
 from vallum.core.events import AnyEvent, Record
+from vallum.core.messages import Reasoning, Text, ToolCall
 from vallum.record.chapters import RunStory
 from vallum.record.ledger import Ledger
 from vallum.record.reader import read_records
 from vallum.record.story import fold
 from vallum.record.traffic import Span
+from vallum.record.trajectory import EpisodeTrajectories
+from vallum.record.trajectory_fold import fold_trajectories
 from vallum.record.verify import verify
+from vallum.testing.conversations import Conversations, call, say
+from vallum.testing.conversations import tell as tell_result
 from vallum.testing.incident import Tale, tell_incident
 from vallum.web.report import grow_tree, render_report
 from vallum.web.timeline import choose_ticks, draw_timeline
@@ -194,3 +201,58 @@ def test_the_tree_puts_children_below_their_parents() -> None:
         (0, "root"), (1, "left"), (2, "deep"), (3, "deeper"), (1, "right"), (2, "last"),
     ]  # fmt: skip
     assert isinstance(processes[0].span, Span)
+
+
+def talk(words: str) -> Conversations:
+    made = Conversations()
+    asked = made.converse(
+        [say("system", words), say("user", words)],
+        Reasoning(words),
+        Text(words),
+        call("bash", 1, command=words),
+        ToolCall(words, words, words),
+    )
+    made.accuse(0, made.refuse(0, words))
+    made.kill(0, 0)
+    made.converse([*asked, tell_result(1, words)], Text(words))
+    return made
+
+
+def test_a_conversation_stands_beside_what_the_kernel_saw() -> None:
+    made = talk("count the beans")
+    page = check_harmless(render_report(*fold_and_verify(made)))
+    text = " ".join(" ".join(page.text).split())
+    assert "Conversation" in text
+    assert "bash: count the beans" in text
+    turn = text[text.index("bash: count the beans") :]
+    assert turn.index("steps 0, 1") < turn.index("default-deny") < turn.index("Mining pool asked for")
+    assert "Containment: kill step" in text
+
+
+def fold_and_verify(made: Conversations) -> tuple[RunStory, None, list[EpisodeTrajectories]]:
+    story, episodes = fold_trajectories(made.records())
+    return story, None, episodes
+
+
+def test_no_payload_gets_through_a_conversation(capsys: pytest.CaptureFixture[str]) -> None:
+    for evil in EVIL:
+        story, _, episodes = fold_and_verify(talk(evil))
+        html = render_report(story, None, episodes)
+        page = check_harmless(html)
+        assert not any("alert(1)" in (value or "") and name != "aria-label" for name, value in page.attributes)
+        assert len(html) < 300_000
+        print_conversations(episodes)
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", capsys.readouterr().out)
+
+
+def test_a_long_conversation_is_cut_and_what_was_refused_stays() -> None:
+    made, history = Conversations(), [say("user", "x")]
+    for number in range(240):
+        history = made.converse(history, call("bash", number, command="y" * 500))
+        if number == 120:
+            made.refuse(number)
+        history.append(tell_result(number, "z" * 9000))
+    html = render_report(*fold_and_verify(made))
+    assert "quiet turns in between" in html
+    assert "pool.test:3333" in html[html.index("What the kernel saw") :]
+    assert len(html) < 2_500_000

@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from vallum.cli import record_tables
+from vallum.cli.conversation import print_conversations
 from vallum.client.places import Places
 from vallum.core.errors import InvalidInput, RecordError
 from vallum.core.events import AnyEvent
@@ -20,7 +21,7 @@ from vallum.core.text import show as show_text
 from vallum.record.chain import Line
 from vallum.record.index import NAME, Index
 from vallum.record.reader import decode_line, find_run, read_lines, read_records
-from vallum.record.story import fold
+from vallum.record.trajectory_fold import fold_trajectories
 from vallum.record.verify import verify as verify_run
 
 KINDS = tuple(sorted(str(struct.__struct_config__.tag) for struct in AnyEvent.__args__))
@@ -56,12 +57,14 @@ def runs(places: Places, as_json: bool) -> None:
 @click.argument("run", default="latest")
 @click.pass_obj
 def show(places: Places, run: str) -> None:
-    """Show a run: its steps, what each tried and was refused, what was found.
+    """Show a run: its steps, what each tried and was refused, what was found, what was said.
 
     RUN is an id, the beginning of one, or `latest` (the default).
     """
     directory = places.runs / find_run(places.runs, run)
-    record_tables.print_story(fold(read_records(directory)))
+    story, episodes = fold_trajectories(read_records(directory))
+    record_tables.print_story(story)
+    print_conversations(episodes)
 
 
 @click.command()
@@ -113,7 +116,8 @@ def report(places: Places, run: str, output: str | None) -> None:
 
     directory = places.runs / find_run(places.runs, run)
     verified = verify_run(directory)
-    html = render_report(fold(read_records(directory)), verified)
+    story, episodes = fold_trajectories(read_records(directory))
+    html = render_report(story, verified, episodes)
     if output == "-":
         click.echo(html.encode(), nl=False)
         return

@@ -53,7 +53,7 @@ class Conversations(Tale):
         self._calls = 0
         self._steps = 0
 
-    def ask(
+    def converse(
         self,
         messages: list[Message],
         *parts: Part,

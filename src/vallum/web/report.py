@@ -10,6 +10,7 @@ Not covered: a guest may write words that mislead a reader; what it wrote stands
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -21,7 +22,9 @@ from vallum.core.text import show
 from vallum.core.units import show_bytes, show_duration
 from vallum.record.chapters import EpisodeStory, ProcessStory, RunStory, StepStory, Totals
 from vallum.record.traffic import Traffic
+from vallum.record.trajectory import EpisodeTrajectories
 from vallum.record.verify import Verified
+from vallum.web.conversation import cut_lines, describe_facts, view_conversations
 from vallum.web.timeline import draw_timeline
 
 MAX_TIMELINES = 24
@@ -49,18 +52,22 @@ class TreeRow:
     process: ProcessStory
 
 
-def render_report(story: RunStory, verified: Verified | None = None) -> str:
+def render_report(
+    story: RunStory, verified: Verified | None = None, episodes: Sequence[EpisodeTrajectories] = ()
+) -> str:
     """The report as one self-contained HTML document.
 
     Args:
         story: of :func:`vallum.record.story.fold`.
         verified: of :func:`vallum.record.verify.verify`; None when the record was not checked, and the report says so.
+        episodes: of :func:`vallum.record.trajectory_fold.fold_trajectories`: the conversations of the run.
     """
+    conversations, more_conversations = view_conversations(episodes)
     totals = story.count()
     told = sorted(
         story.episodes.values(), key=lambda episode: -sum(step.denied_count for step in episode.steps.values())
     )[:MAX_TIMELINES]
-    episodes = [episode for episode in story.episodes.values() if episode in told and episode.steps]
+    drawn = [episode for episode in story.episodes.values() if episode in told and episode.steps]
     denied = [(episode, step, entry) for episode, step in story.steps for entry in step.denied]
     return _template().render(
         story=story,
@@ -69,8 +76,8 @@ def render_report(story: RunStory, verified: Verified | None = None) -> str:
         headline=write_headline(totals),
         summary=write_summary(story, totals),
         tiles=choose_tiles(story, totals, verified),
-        timelines=[(episode, draw_timeline(episode)) for episode in episodes],
-        untold=len([episode for episode in story.episodes.values() if episode.steps]) - len(episodes),
+        timelines=[(episode, draw_timeline(episode)) for episode in drawn],
+        untold=len([episode for episode in story.episodes.values() if episode.steps]) - len(drawn),
         several=len(story.episodes) > 1,
         denied=denied[:MAX_ROWS],
         denied_omitted=max(0, len(denied) - MAX_ROWS),
@@ -82,6 +89,8 @@ def render_report(story: RunStory, verified: Verified | None = None) -> str:
             (story.started.tiers if story.started else {}).items(), key=lambda tier: (tier[1] == "enforced", tier[0])
         ),
         span_ms=story.end_ns / 1e6,
+        conversations=conversations,
+        more_conversations=more_conversations,
     )
 
 
@@ -240,7 +249,9 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        duration=show_duration, bytes=show_bytes, when=_when, technique=name_technique, brief=show
+        duration=show_duration, bytes=show_bytes, when=_when, technique=name_technique, brief=show, lines=cut_lines
     )
-    environment.globals.update(tree=grow_tree, who=describe_process, step_label=_step_label)
+    environment.globals.update(
+        tree=grow_tree, who=describe_process, step_label=_step_label, describe_facts=describe_facts
+    )
     return environment.get_template("report.html.j2")

@@ -48,14 +48,14 @@ def talk() -> Conversations:
     told.command(["pip", "install", "x"])
     image = Message("user", (Text("look"), Media("image/png", "sha256:ab", 3)))
     calls = [call("task", 1, prompt="Count the files in /usr."), call("bash", 2, command="x")]
-    asked = told.ask(
+    asked = told.converse(
         [say("system", "s"), image], Text("\x1b[2J\u202e"), *calls, logprobs=[-0.1], completion_token_ids=[1]
     )
-    told.ask([say("user", "Count the files in /usr.")], Text("12"))
+    told.converse([say("user", "Count the files in /usr.")], Text("12"))
     told.accuse(1, told.refuse(1))
     told.kill(2, 0)
-    told.ask([*asked, tell(1, "12")], Text(""))
-    told.ask([*asked, tell(1, "13"), tell(2, "")], Text("another way"))
+    told.converse([*asked, tell(1, "12")], Text(""))
+    told.converse([*asked, tell(1, "13"), tell(2, "")], Text("another way"))
     told.close_episode()
     return told
 

@@ -48,7 +48,7 @@ def documents(records: list[Record]) -> dict[str, dict]:
 def talk_with_everything() -> Conversations:
     talk = Conversations()
     talk.command(["pip", "install", "x"])
-    told = talk.ask(
+    told = talk.converse(
         [SYSTEM, TASK],
         Reasoning("hm"),
         Text("Let me look."),
@@ -59,12 +59,12 @@ def talk_with_everything() -> Conversations:
         logprobs=[-0.5, -0.25, -0.125],
         policy_version="step-40",
     )
-    talk.ask([SYSTEM, say("user", "Count the files in /usr.")], Text("12"))
+    talk.converse([SYSTEM, say("user", "Count the files in /usr.")], Text("12"))
     talk.accuse(1, talk.refuse(1))
     talk.kill(2, 0)
-    told = talk.ask([*told, tell(1, "Linux"), tell(2, "12")], Text("hm"))
-    talk.ask([*told, say("user", "Sum it up.")], Text("so far"), tools=())
-    talk.ask([SYSTEM, TASK, say("user", "Summary: Linux.")], Text("done"))
+    told = talk.converse([*told, tell(1, "Linux"), tell(2, "12")], Text("hm"))
+    talk.converse([*told, say("user", "Sum it up.")], Text("so far"), tools=())
+    talk.converse([SYSTEM, TASK, say("user", "Summary: Linux.")], Text("done"))
     talk.close_episode()
     return talk
 
@@ -119,7 +119,7 @@ def test_arguments_that_are_no_object_are_kept_as_text(arguments: str) -> None:
     from vallum.core.messages import ToolCall
 
     talk = Conversations()
-    talk.ask([TASK], ToolCall("c1", "bash", arguments))
+    talk.converse([TASK], ToolCall("c1", "bash", arguments))
     (document,) = documents(talk.records()).values()
     expected = {"unparsed": arguments} if arguments else {}
     assert document["steps"][1]["tool_calls"][0]["arguments"] == expected
@@ -151,8 +151,8 @@ def test_parquet_without_its_library_says_what_to_install(monkeypatch: pytest.Mo
 
 def test_contaminated_episodes_are_left_out_with_every_reason_and_clean_ones_stay() -> None:
     clean, dirty = Conversations("r-1", "e-0"), Conversations("r-1", "e-1")
-    clean.ask([TASK], Text("done"))
-    dirty.ask([TASK], call("bash", 1, command="x"))
+    clean.converse([TASK], Text("done"))
+    dirty.converse([TASK], call("bash", 1, command="x"))
     dirty.accuse(0, dirty.refuse(0))
     episodes = fold_trajectories(number_events([*clean.events, *dirty.events]))[1]
     kept, left_out = Selection(exclude_contaminated=True).select(episodes)
@@ -167,7 +167,7 @@ def test_contaminated_episodes_are_left_out_with_every_reason_and_clean_ones_sta
 
 def test_episodes_charged_in_doubt_are_left_out() -> None:
     talk = Conversations()
-    talk.ask([TASK], call("bash", 1, command="x"))
+    talk.converse([TASK], call("bash", 1, command="x"))
     talk.refuse(0, by=Attribution(method="lineage", confidence=0.5))
     (episode,) = fold_trajectories(talk.records())[1]
     assert Selection(min_confidence=0.4).explain(episode) == []

@@ -33,9 +33,9 @@ def shape(one: Trajectory) -> list[tuple[str, str, list[str], list[str]]]:
 
 def talk_twice() -> Conversations:
     talk = Conversations()
-    told = talk.ask([SYSTEM, TASK], Reasoning("hm"), Text("Let me look."), call("bash", 1, command="uname"))
+    told = talk.converse([SYSTEM, TASK], Reasoning("hm"), Text("Let me look."), call("bash", 1, command="uname"))
     talk.finish(0)
-    talk.ask([*told, tell(1, "Linux")], Text("It is Linux."))
+    talk.converse([*told, tell(1, "Linux")], Text("It is Linux."))
     return talk
 
 
@@ -54,12 +54,12 @@ def test_results_stand_at_the_turn_that_asked() -> None:
 
 def test_what_the_kernel_saw_is_told_of_the_turn_that_caused_it_even_later() -> None:
     talk = Conversations()
-    told = talk.ask([SYSTEM, TASK], call("bash", 1, command="(sleep 9; curl pool.test) &"))
+    told = talk.converse([SYSTEM, TASK], call("bash", 1, command="(sleep 9; curl pool.test) &"))
     talk.finish(0)
-    told = talk.ask([*told, tell(1, "")], call("bash", 2, command="true"))
+    told = talk.converse([*told, tell(1, "")], call("bash", 2, command="true"))
     talk.accuse(0, talk.refuse(0))
     talk.finish(1)
-    talk.ask([*told, tell(2, "")], Text("done"))
+    talk.converse([*told, tell(2, "")], Text("done"))
     (one,) = fold(talk).roots
     first, second = one.turns[2].containment, one.turns[3].containment
     assert first is not None
@@ -99,7 +99,7 @@ def test_a_file_that_changed_is_told_of_its_steps_only() -> None:
 
 def test_a_kill_is_a_turn_of_the_system_where_it_struck() -> None:
     talk = Conversations()
-    talk.ask([SYSTEM, TASK], call("bash", 1, command="xmrig"))
+    talk.converse([SYSTEM, TASK], call("bash", 1, command="xmrig"))
     talk.kill(0, talk.refuse(0))
     (one,) = fold(talk).roots
     last = one.turns[-1]
@@ -128,7 +128,7 @@ def test_commands_of_a_client_are_turns_without_a_model() -> None:
 def test_commands_beside_a_conversation_are_a_trajectory_of_their_own() -> None:
     talk = Conversations()
     talk.command(["pip", "install", "x"])
-    talk.ask([SYSTEM, TASK], Text("nothing to do"))
+    talk.converse([SYSTEM, TASK], Text("nothing to do"))
     kinds = {one.kind: len(one.turns) for one in fold(talk).roots}
     assert kinds == {"commands": 1, "main": 3}
 
@@ -149,14 +149,14 @@ def test_a_sub_agent_is_found_by_its_prompt_and_its_results_do_not_mix() -> None
     talk = Conversations()
     prompts = ["Count the files in /usr and say how many.", "Read /etc/os-release and say its name."]
     calls = [call("task", number, prompt=prompt) for number, prompt in enumerate(prompts, 1)]
-    told = talk.ask([SYSTEM, TASK], *calls)
+    told = talk.converse([SYSTEM, TASK], *calls)
     workers = [
-        talk.ask([SYSTEM, say("user", prompt)], call("bash", 10 + n, command=f"x{n}"))
+        talk.converse([SYSTEM, say("user", prompt)], call("bash", 10 + n, command=f"x{n}"))
         for n, prompt in enumerate(prompts)
     ]
     for number, worker in enumerate(workers):
-        talk.ask([*worker, tell(10 + number, f"out {number}")], Text(f"answer {number}"))
-    talk.ask([*told, tell(1, "answer 0"), tell(2, "answer 1")], Text("done"))
+        talk.converse([*worker, tell(10 + number, f"out {number}")], Text(f"answer {number}"))
+    talk.converse([*told, tell(1, "answer 0"), tell(2, "answer 1")], Text("done"))
     (main,) = fold(talk).roots
     assert [(one.kind, one.link, one.turns[-1].text) for one in main.subagents] == [
         ("subagent", "prompt", "answer 0"),
@@ -172,25 +172,25 @@ def test_a_sub_agent_with_other_words_is_found_by_time_and_doubt_is_said() -> No
         ([call("task", 1, id=7), call("task", 2, id=8)], "ambiguous"),
     ):
         talk = Conversations()
-        told = talk.ask([SYSTEM, TASK], *calls)
-        talk.ask([SYSTEM, say("user", "other words altogether")], Text("answer"))
-        talk.ask([*told, *(tell(n + 1, "ok") for n in range(len(calls)))], Text("done"))
+        told = talk.converse([SYSTEM, TASK], *calls)
+        talk.converse([SYSTEM, say("user", "other words altogether")], Text("answer"))
+        talk.converse([*told, *(tell(n + 1, "ok") for n in range(len(calls)))], Text("done"))
         assert {one.link for one in fold(talk).trajectories} == {"", expected}
 
 
 def test_a_title_is_beside_the_conversation() -> None:
     talk = Conversations()
-    talk.ask([say("system", "Give a title."), TASK], Text("Kernel name"), tools=())
-    talk.ask([SYSTEM, say("user", "Now work on it.")], call("bash", 1, command="uname"))
+    talk.converse([say("system", "Give a title."), TASK], Text("Kernel name"), tools=())
+    talk.converse([SYSTEM, say("user", "Now work on it.")], call("bash", 1, command="uname"))
     assert [one.kind for one in fold(talk).roots] == ["auxiliary", "main"]
 
 
 def test_a_compacted_conversation_goes_on_in_another() -> None:
     talk = Conversations()
-    told = talk.ask([SYSTEM, TASK], call("bash", 1, command="uname"))
-    talk.ask([*told, tell(1, "Linux")], Text("hm"))
-    talk.ask([*told, tell(1, "Linux"), say("user", "Sum it up.")], Text("summary"), tools=())
-    talk.ask([SYSTEM, TASK, say("user", "Summary: it is Linux.")], Text("done"))
+    told = talk.converse([SYSTEM, TASK], call("bash", 1, command="uname"))
+    talk.converse([*told, tell(1, "Linux")], Text("hm"))
+    talk.converse([*told, tell(1, "Linux"), say("user", "Sum it up.")], Text("summary"), tools=())
+    talk.converse([SYSTEM, TASK, say("user", "Summary: it is Linux.")], Text("done"))
     roots = {one.kind: one for one in fold(talk).roots}
     assert set(roots) == {"main", "auxiliary", "continuation"}
     assert roots["main"].continued == roots["continuation"].id
@@ -199,10 +199,10 @@ def test_a_compacted_conversation_goes_on_in_another() -> None:
 
 def test_going_back_copies_the_history_and_says_so() -> None:
     talk = Conversations()
-    told = talk.ask([SYSTEM, TASK], call("bash", 1, command="uname"))
-    one_way = talk.ask([*told, tell(1, "Linux")], Text("one way"))
-    talk.ask([*told, tell(1, "no: BSD")], Text("another way"))
-    talk.ask([*one_way, say("user", "go on")], Text("on"))
+    told = talk.converse([SYSTEM, TASK], call("bash", 1, command="uname"))
+    one_way = talk.converse([*told, tell(1, "Linux")], Text("one way"))
+    talk.converse([*told, tell(1, "no: BSD")], Text("another way"))
+    talk.converse([*one_way, say("user", "go on")], Text("on"))
     fork = next(one for one in fold(talk).roots if one.kind == "fork")
     assert [(turn.text, turn.is_copied) for turn in fork.turns if turn.source == "agent"] == [
         ("", True),
@@ -213,7 +213,7 @@ def test_going_back_copies_the_history_and_says_so() -> None:
 
 def test_history_that_no_model_was_seen_to_say_is_marked() -> None:
     talk = Conversations()
-    talk.ask([SYSTEM, TASK, say("assistant", "I was told to."), say("user", "Go on.")], Text("ok"))
+    talk.converse([SYSTEM, TASK, say("assistant", "I was told to."), say("user", "Go on.")], Text("ok"))
     turns = fold(talk).roots[0].turns
     assert [(turn.text, turn.is_copied, turn.model_calls) for turn in turns if turn.source == "agent"] == [
         ("I was told to.", True, None),
@@ -269,6 +269,6 @@ def test_messages_are_put_together_whatever_is_in_them() -> None:
     talk = Conversations()
     history: list[Message] = [SYSTEM, TASK]
     for number in range(40):
-        history = [*talk.ask(history, call("bash", number, command=str(number))), tell(number, f"out {number}")]
+        history = [*talk.converse(history, call("bash", number, command=str(number))), tell(number, f"out {number}")]
     (one,) = fold(talk).roots
     assert [turn.results[0].text for turn in one.turns[2:-1]] == [f"out {number}" for number in range(39)]

@@ -73,11 +73,11 @@ def receiver() -> Iterator[Receiver]:
 
 def talk() -> Conversations:
     told = Conversations()
-    asked = told.ask([say("user", SECRET)], Text("hm"), call("bash", 1, command=f"echo {SECRET}"))
+    asked = told.converse([say("user", SECRET)], Text("hm"), call("bash", 1, command=f"echo {SECRET}"))
     told.refuse(0)
     told.finish(0)
     told.refuse(0)
-    told.ask([*asked, tell(1, "out")], Text("done"))
+    told.converse([*asked, tell(1, "out")], Text("done"))
     told.close_episode()
     return told
 
@@ -120,7 +120,7 @@ def test_words_are_left_out_unless_asked_for() -> None:
 
 def test_a_run_that_broke_off_still_ends_its_spans() -> None:
     told = Conversations()
-    told.ask([say("user", "x")], call("bash", 1, command="sleep 9"))
+    told.converse([say("user", "x")], call("bash", 1, command="sleep 9"))
     teller = SpanTeller()
     assert [span.name for record in told.records() for span in teller.take(record)] == ["chat mock-1"]
     assert [span.name for span in teller.finish("r-talk")] == ["execute_tool bash", "invoke_agent agent"]
