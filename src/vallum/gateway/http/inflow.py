@@ -22,8 +22,8 @@ class Inflow:
         self._ended = False
         self.left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when no more will come, because the guest said so or because the connection broke."""
-        self.broken = asyncio.Event()
-        """Set when the connection broke."""
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the connection broke."""
         self._pump = asyncio.create_task(self._read())
 
     async def take(self, timeout_s: float | None = None) -> bytes:
@@ -34,7 +34,7 @@ class Inflow:
             TimeoutError: nothing came in time.
         """
         while not self._kept:
-            if self.broken.is_set():
+            if self.broken.done():
                 raise GuestGoneError("the guest broke the connection off")
             if self._ended:
                 return b""
@@ -57,6 +57,7 @@ class Inflow:
         with contextlib.suppress(asyncio.CancelledError):
             await self._pump
         self.left.cancel()
+        self.broken.cancel()
 
     async def _read(self) -> None:
         try:
@@ -67,7 +68,8 @@ class Inflow:
                     self._taken.clear()
                     await self._taken.wait()
         except OSError:
-            self.broken.set()
+            if not self.broken.done():
+                self.broken.set_result(None)
         finally:
             self._ended = True
             self._changed.set()

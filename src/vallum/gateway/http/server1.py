@@ -234,16 +234,14 @@ class Server1:
             await self._turn_away(Decision(verdict="deny", rule=rule, reason=str(error)))
             return None
         answering = asyncio.ensure_future(self._desk.answer(exchange))
-        broken = asyncio.ensure_future(self.inflow.broken.wait())
         try:
-            await asyncio.wait({answering, broken}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({answering, self.inflow.broken}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
                 answering.cancel()
                 await asyncio.wait({answering})
                 raise GuestGoneError("the guest broke the connection off")
             answering.result()
         finally:
-            broken.cancel()
             if not answering.done():
                 answering.cancel()
                 await asyncio.wait({answering})
