@@ -210,7 +210,7 @@ class World:
 
         return in_namespace(pid or self.cell, make)
 
-    async def start(self, rules: Ruleset, kit: Kit = TAPS_ARE_SERVERS) -> None:
+    async def start(self, rules: Ruleset, kit: Kit = TAPS_ARE_SERVERS, cache_fd: int | None = None) -> None:
         """Start DNS fake and gateway, and serve the cell with ``rules``."""
         sock = self.in_fakes(lambda: listen(socket.AF_INET, ("192.0.2.53", 53), socket.SOCK_DGRAM))
         world = self
@@ -232,7 +232,9 @@ class World:
                 self.transport.sendto(response.to_wire(), addr)
 
         self.dns, _ = await asyncio.get_running_loop().create_datagram_endpoint(Dns, sock=sock)
-        self.link = await GatewayLink.start(uid=65534, gid=65534, node=self, on_death=self.deaths.append)
+        self.link = await GatewayLink.start(
+            uid=65534, gid=65534, node=self, on_death=self.deaths.append, cache_fd=cache_fd
+        )
         tcp, udp = self.doors()
         await self.link.add_cell("c1", run="r1", episode="e1", rules=rules, kit=kit, tcp=tcp, dns=udp)
 
@@ -329,13 +331,15 @@ class World:
             holder.wait()
 
 
-def run_in_world(tmp: Path, rules: Ruleset, scenario, timeout_s: float = 60, kit: Kit = TAPS_ARE_SERVERS) -> None:
+def run_in_world(
+    tmp: Path, rules: Ruleset, scenario, timeout_s: float = 60, kit: Kit = TAPS_ARE_SERVERS, cache_fd: int | None = None
+) -> None:
     """Run the coroutine function ``scenario(world)`` on the node's side of a fresh world."""
     box = []
 
     async def live(world: World) -> None:
         try:
-            await world.start(rules, kit)
+            await world.start(rules, kit, cache_fd)
             await scenario(world)
         finally:
             await world.stop()

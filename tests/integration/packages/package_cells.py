@@ -104,10 +104,10 @@ class World:
     async def start(self) -> None:
         for number, name in enumerate(("pypi", "files", "npm", "apt")):
             ip, context = f"192.0.2.{20 + number}", self.authority.serve(f"{name}.test")
-            await serve_index(self.index, f"{name}.test", ip, 443, context)
-            await serve_index(self.index, f"{name}.test", ip, 80, None)
-        await serve_index(self.stolen, "evil.test", "192.0.2.24", 443, self.authority.serve("evil.test"))
-        await serve_index(self.stolen, "198.51.100.7", "198.51.100.7", 443, None)
+            await serve_index(self.index, f"{name}.test", (ip, 443), context)
+            await serve_index(self.index, f"{name}.test", (ip, 80))
+        await serve_index(self.stolen, "evil.test", ("192.0.2.24", 443), self.authority.serve("evil.test"))
+        await serve_index(self.stolen, "198.51.100.7", ("198.51.100.7", 443))
         (self.directory / "upstream.pem").write_bytes(self.authority.certificate_pem)
         (self.directory / "rules.toml").write_text(RULES)
 

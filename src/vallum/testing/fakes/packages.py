@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import lzma
+import socket
 import ssl
 import tarfile
 import time
@@ -247,9 +248,10 @@ def _iso(moment: float) -> str:
 
 
 async def serve_index(
-    index: PackageIndex, host: str, ip: str, port: int, context: ssl.SSLContext | None
+    index: PackageIndex, host: str, at: tuple[str, int] | socket.socket, context: ssl.SSLContext | None = None
 ) -> asyncio.Server:
-    """Serve ``index`` as ``host`` (HTTP/1.1, one request after the other), TLS with ``context``."""
+    """Serve ``index`` as ``host`` (HTTP/1.1, one request after the other) at an address or listening socket, TLS with
+    ``context``."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -267,4 +269,6 @@ async def serve_index(
         finally:
             writer.close()
 
-    return await asyncio.start_server(serve, ip, port, ssl=context)
+    if isinstance(at, socket.socket):
+        return await asyncio.start_server(serve, sock=at, ssl=context)
+    return await asyncio.start_server(serve, *at, ssl=context)
