@@ -3,6 +3,10 @@
 import os
 import shutil
 import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -149,3 +153,46 @@ def test_the_command_line(cli, make_work):
     ran = cli("run", "-q", "--work", work, "--", "sh", "-c", "echo x > out && cat mine out")
     assert (ran.code, ran.out) == (0, "minex\n"), ran.err
     assert not (work / "out").exists()
+
+
+ROOTLESS = """
+import asyncio, pathlib, sys, vallum
+async def main():
+    base = pathlib.Path(sys.argv[1])
+    (base / "work").mkdir()
+    (base / "work" / "mine").write_text("mine")
+    async with vallum.Node(home=base / "v") as node, node.sandbox(mounts=[f"{base}/work:/work"], workdir="/work") as sb:
+        assert sb.rootless
+        ran = await sb.exec(["sh", "-c", "stat -c %u . mine; echo more >> mine; echo x > new; cat mine"])
+        assert ran.stdout == b"1000\\n1000\\nminemore\\n", ran
+        snap = await sb.snapshot()
+        async with node.fork(snap, workdir="/work") as fork:
+            assert (await fork.exec(["sh", "-c", "cat new; stat -c %u mine"])).stdout == b"x\\n1000\\n"
+        await sb.copy_out("/work", base / "out")
+    print(sorted(p.name for p in (base / "work").iterdir()), sorted(p.name for p in (base / "out").iterdir()))
+asyncio.run(main())
+"""
+
+
+def test_an_ordinary_user_owns_its_work_too(tmp_path_factory):
+    setpriv = shutil.which("setpriv")
+    if setpriv is None or os.geteuid() != 0:
+        pytest.skip("needs root and setpriv (util-linux) to become an ordinary user")
+    base = Path(tempfile.mkdtemp(prefix="vallum-owner-", dir="/tmp"))
+    os.chown(base, 12345, 12345)
+    environ = {"PATH": os.environ["PATH"], "HOME": str(base), "PYTHONDONTWRITEBYTECODE": "1", "LANG": "C.UTF-8"}
+    become = [setpriv, "--reuid", "12345", "--regid", "12345", "--clear-groups", "--"]
+    try:
+        ran = subprocess.run(
+            [*become, sys.executable, "-c", ROOTLESS, base],
+            cwd="/",
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+    if "Permission denied" in ran.stderr and "vallum" not in ran.stderr:
+        pytest.skip("an ordinary user cannot run this Python")
+    assert ran.stdout == "['mine'] ['mine', 'new']\n", ran.stderr
