@@ -222,6 +222,17 @@ async def main(directory: Path) -> dict:
             await wait_for_age(world, sb)
             asked = [target for _, target, _ in world.index.requests[before:]]
             world.events["age"] = await node.events(run=sb.run, episode=sb.episode)
+        contained = await asyncio.to_thread(
+            subprocess.run,
+            [
+                *(sys.executable, "-m", "vallum", "run", "--rules", str(directory / "rules.toml"), "--package-min-age", "7"),
+                *("--mount", f"{SITE}:/opt/site:ro", "--setup", f"{PIP} install {INDEX} --target /tmp/aged aged"),
+                *("--", "sh", "-c", f"PYTHONPATH=/tmp/aged python3 -c 'import aged; print(aged.version)'; {PIP} download {INDEX} granted"),
+            ],
+            env={**os.environ, "VALLUM_UPSTREAM_CA": str(directory / "upstream.pem")},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        world.said["cli"] = {"code": contained.returncode, "out": contained.stdout + contained.stderr}
         shown = await asyncio.to_thread(
             subprocess.run, [sys.executable, "-m", "vallum", "show", run], capture_output=True, text=True, timeout=30
         )

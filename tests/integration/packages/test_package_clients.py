@@ -191,3 +191,11 @@ def test_young_npm_versions_are_left_out(seen: dict) -> None:
 def test_packages_are_in_show_and_report(seen: dict) -> None:
     assert "@team/scripted" in seen["show"] and "Ecosystem" in seen["show"]
     assert "<h2>Packages</h2>" in seen["report"]
+
+
+def test_vallum_run_installs_in_its_set_up_and_not_after_it(seen: dict) -> None:
+    said = seen["said"]["cli"]
+    assert "Successfully installed aged-1.0" in said["out"], said["out"]
+    assert "\n1.0\n" in said["out"], said["out"]
+    assert "No matching distribution found for granted" in said["out"], said["out"]
+    assert said["code"] == 1
