@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import threading
 import time
 from collections.abc import Iterator
 
@@ -18,57 +16,18 @@ from vallum.record.export.base import ChosenRun
 from vallum.record.export.otlp import OtlpJsonFormat, SpanSender, complete_endpoint, send_runs
 from vallum.record.export.spans import Span, SpanTeller
 from vallum.record.trajectory_fold import fold_trajectories
+from vallum.testing.collector import Collector
 from vallum.testing.conversations import Conversations, call, say, tell
 
-service = pytest.importorskip(
-    "opentelemetry.proto.collector.trace.v1.trace_service_pb2", reason="the extra otel is not installed"
-)
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra otel is not installed")
 
 SECRET = "the words of the task"
 
 
-class Receiver:
-    """A collector's OTLP/HTTP endpoint on loopback."""
-
-    def __init__(self) -> None:
-        self.spans: list = []
-        self.paths: list[str] = []
-        self.status = 200
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                raw = self.rfile.read(int(self.headers["content-length"]))
-                outer.paths.append(self.path)
-                if outer.status == 200:
-                    request = service.ExportTraceServiceRequest.FromString(raw)
-                    outer.spans += [
-                        span for one in request.resource_spans for scope in one.scope_spans for span in scope.spans
-                    ]
-                self.send_response(outer.status)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever)
-        self.thread.start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    made = Receiver()
-    yield made
-    made.close()
+def receiver() -> Iterator[Collector]:
+    with Collector() as made:
+        yield made
 
 
 def talk() -> Conversations:
@@ -127,7 +86,7 @@ def test_a_run_that_broke_off_still_ends_its_spans() -> None:
     assert teller.finish("r-talk") == []
 
 
-def test_a_receiver_gets_every_span_and_the_same_ones_again(receiver: Receiver) -> None:
+def test_a_receiver_gets_every_span_and_the_same_ones_again(receiver: Collector) -> None:
     for _ in range(2):
         sender = SpanSender(receiver.url)
         assert send_runs([chosen(talk())], sender, with_content=False) == 4
@@ -141,7 +100,7 @@ def test_a_receiver_gets_every_span_and_the_same_ones_again(receiver: Receiver) 
     assert SECRET.encode() not in b"".join(span.SerializeToString() for span in receiver.spans)
 
 
-def test_a_collector_that_refuses_is_an_error(receiver: Receiver) -> None:
+def test_a_collector_that_refuses_is_an_error(receiver: Collector) -> None:
     receiver.status = 400
     sender = SpanSender(receiver.url)
     with pytest.raises(RecordError, match="did not take"):
@@ -150,7 +109,7 @@ def test_a_collector_that_refuses_is_an_error(receiver: Receiver) -> None:
     assert receiver.spans == []
 
 
-def test_the_json_form_has_hex_ids_and_numbers(receiver: Receiver) -> None:
+def test_the_json_form_has_hex_ids_and_numbers(receiver: Collector) -> None:
     (file,) = OtlpJsonFormat().write([chosen(talk())])
     assert file.name == "r-talk.otlp.jsonl"
     request = json.loads(file.data)
@@ -170,7 +129,7 @@ def test_a_path_that_was_given_stays() -> None:
     assert complete_endpoint("http://c.test:4318/") == "http://c.test:4318/v1/traces"
 
 
-def test_live_spans_are_sent_as_they_end(receiver: Receiver) -> None:
+def test_live_spans_are_sent_as_they_end(receiver: Collector) -> None:
     from vallum.node.telemetry import SpanFeed
 
     feed = SpanFeed(SpanSender(receiver.url))
@@ -186,7 +145,7 @@ def test_live_spans_are_sent_as_they_end(receiver: Receiver) -> None:
     assert feed.forget("r-talk") == 0
 
 
-def test_what_a_dead_collector_was_not_told_is_counted(receiver: Receiver) -> None:
+def test_what_a_dead_collector_was_not_told_is_counted(receiver: Collector) -> None:
     from vallum.node.telemetry import SpanFeed
 
     receiver.status = 400
