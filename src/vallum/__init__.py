@@ -14,7 +14,7 @@ from vallum.version import __version__
 if TYPE_CHECKING:
     from vallum import sync
     from vallum.client.approvals import Approval
-    from vallum.client.face import EventView, ExecResult, Node, Process, Sandbox, Session
+    from vallum.client.face import EventView, ExecResult, HostTool, Node, Process, Sandbox, Session
     from vallum.client.model import Model, ModelBudget, ModelPrice
     from vallum.client.snapshots import FileChange, FilesChanged, Snapshot
     from vallum.core.errors import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "vallum.client.approvals": ("Approval",),
-    "vallum.client.face": ("EventView", "ExecResult", "Node", "Process", "Sandbox", "Session"),
+    "vallum.client.face": ("EventView", "ExecResult", "HostTool", "Node", "Process", "Sandbox", "Session"),
     "vallum.client.model": ("Model", "ModelBudget", "ModelPrice"),
     "vallum.client.snapshots": ("FileChange", "FilesChanged", "Snapshot"),
     "vallum.core.errors": (
@@ -77,6 +77,7 @@ __all__ = [
     "FilesChanged",
     "GatewayError",
     "GuestFileError",
+    "HostTool",
     "InvalidInput",
     "Limits",
     "Model",

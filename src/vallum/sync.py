@@ -132,6 +132,10 @@ class Sandbox:
         """See :meth:`vallum.Sandbox.set_phase`."""
         return _loop.run(self._inner.set_phase(phase))
 
+    def add_tool(self, tool: face.HostTool) -> None:
+        """See :meth:`vallum.Sandbox.add_tool`. The function is called on another thread than the caller's."""
+        _loop.run(self._inner.add_tool(tool))
+
     def update_rules(self, **options: Any) -> RulesUpdated:
         """See :meth:`vallum.Sandbox.update_rules`."""
         return _loop.run(self._inner.update_rules(**options))

@@ -43,7 +43,7 @@ async def main():
                     out[name] = [answer.is_error, answer.content[0].text]
                 except Exception as error:
                     out[name] = str(error)
-            for what in ("list_resources", "list_prompts"):
+            for what in ("list_resources", "list_prompts") if "mcp.test" in sys.argv[1] else ():
                 found = await getattr(session, what)()
                 out[what] = [entry.name for entry in getattr(found, what[5:])]
             try:
@@ -243,3 +243,56 @@ async def test_a_tool_that_changes_after_it_was_listed_is_told(server, node, rul
     (called,) = [e for e in events if e.tool == "echo"]
     assert list(called.changed) == ["echo"]
     assert ("changed", "x") in server.called, "told, not blocked"
+
+
+TOOLS_URL = "http://tools.vallum.internal/mcp"
+
+
+async def test_tools_of_the_host_are_offered_and_each_call_is_charged(node, tmp_path):
+    called = []
+
+    async def add(a: int, b: int) -> dict:
+        called.append(("add", a, b))
+        return {"sum": a + b}
+
+    def pay(amount: int) -> str:
+        called.append(("pay", amount))
+        return "paid"
+
+    def fail() -> None:
+        raise LookupError("nothing there")
+
+    path = tmp_path / "deny.toml"
+    path.write_text('[[deny]]\nid = "no-pay"\nhost = "tools.vallum.internal"\ntools = ["pay*"]\n')
+    tools = [
+        vallum.HostTool("add", "Adds.", add),
+        vallum.HostTool("pay", "Pays.", pay),
+        vallum.HostTool("fail", "", fail),
+    ]
+    calls = [["add", {"a": 2, "b": 3}], ["pay", {"amount": 5}], ["fail", {}], ["add", {"c": 1}], ["none", {}]]
+    where = {"mounts": [f"{SITE}:/opt/site:ro"], "tools": tools}
+    async with node.sandbox(rules=path, **where) as sb, node.sandbox() as bare:
+        said, step = await run_client(sb, calls[:3], TOOLS_URL)
+        odd, _ = await run_client(sb, calls[3:], TOOLS_URL)
+        raw = await say(sb, *((body, {}) for body in MALFORMED.values()), url=TOOLS_URL)
+        other = await bare.exec(["python3", "-c", RAW, TOOLS_URL, json.dumps([[call("add"), {}]])], timeout_s=20)
+        events = [e for e in await node.events(run=sb.run, episode=sb.episode) if e["kind"] == "mcp.call"]
+        await sb.add_tool(vallum.HostTool("pay_more", "", pay))
+        await sb.add_tool(vallum.HostTool("late", "", lambda: "late"))
+        late, _ = await run_client(sb, [["late", {}]], TOOLS_URL)
+    assert said["tools"] == ["add", "fail"]
+    assert said["add"] == [False, '{"sum":5}']
+    assert "blocked by rule no-pay" in said["pay"]
+    assert said["fail"] == [True, "LookupError: nothing there"]
+    assert odd["add"][0] is True
+    assert "blocked by rule" in odd["none"]
+    assert {status for status, _, _ in raw} == {400}
+    assert other.exit_code != 0, "a cell without tools has no such server"
+    assert called == [("add", 2, 3)]
+    assert (late["tools"], late["late"]) == (["add", "fail", "late"], [False, "late"])
+    first = [(e.tool, e.state, e.rule, e.is_error, e.server) for e in events if e.scope.step == step]
+    assert first == [
+        ("add", "closed", "gateway-service", False, "tools"),
+        ("pay", "denied", "no-pay", False, "tools"),
+        ("fail", "closed", "gateway-service", True, "tools"),
+    ]

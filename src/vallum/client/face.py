@@ -13,5 +13,6 @@ from vallum.client.command import ExecResult, Process
 from vallum.client.node import EventView, Node, SandboxOpener
 from vallum.client.sandbox import Sandbox
 from vallum.client.session import Session
+from vallum.client.tools import HostTool
 
-__all__ = ["EventView", "ExecResult", "Node", "Process", "Sandbox", "SandboxOpener", "Session"]
+__all__ = ["EventView", "ExecResult", "HostTool", "Node", "Process", "Sandbox", "SandboxOpener", "Session"]

@@ -16,6 +16,7 @@ from vallum.client.opening import Opener
 from vallum.client.places import Places
 from vallum.client.sandbox import Sandbox
 from vallum.client.snapshots import Snapshot, make_fork, name_of, read_snapshot
+from vallum.client.tools import HostTool
 from vallum.core.errors import InvalidInput, NodeError
 from vallum.core.limits import Limits
 from vallum.version import __version__
@@ -131,6 +132,7 @@ class Node:
         upstream_ca: str | os.PathLike[str] | None = None,
         verify_upstream: bool = True,
         command: Sequence[str] = (),
+        tools: Sequence[HostTool] = (),
     ) -> SandboxOpener:
         """A cell: ``async with node.sandbox(...) as sb`` or ``sb = await node.sandbox(...)``.
 
@@ -161,6 +163,7 @@ class Node:
             upstream_ca: PEM file of authorities that granted servers may be signed by, beside the system's (default:
                 ``VALLUM_UPSTREAM_CA``).
             verify_upstream: a granted server has to show a certificate for the granted name before TLS is relayed to it.
+            tools: functions of this process that the cell may call over MCP; see :meth:`Sandbox.add_tool`.
 
         Raises (when entered or awaited):
             InvalidInput, RuleError: an argument cannot be used.
@@ -192,7 +195,7 @@ class Node:
                 package_min_age_s=package_min_age_s, upstream_ca=upstream_ca, verify_upstream=verify_upstream,
             ),
         )  # fmt: skip
-        return SandboxOpener(self, request, on_approval)
+        return SandboxOpener(self, request, on_approval, tools)
 
     def fork(
         self,
@@ -311,12 +314,24 @@ class SandboxOpener(Opener[Sandbox]):
     """What ``node.sandbox(...)`` and ``node.fork(...)`` give: await it, or enter it."""
 
     def __init__(
-        self, node: Node, request: wire.CreateSandbox | wire.ForkSandbox, on_approval: OnApproval | None
+        self,
+        node: Node,
+        request: wire.CreateSandbox | wire.ForkSandbox,
+        on_approval: OnApproval | None,
+        tools: Sequence[HostTool] = (),
     ) -> None:
         self._node = node
         self._request = request
         self._on_approval = on_approval
+        self._tools = tools
 
     async def _open(self) -> Sandbox:
         made = await self._node.connection.call(self._request, wire.SandboxMade)
-        return Sandbox(self._node.connection, made, self._on_approval)
+        sandbox = Sandbox(self._node.connection, made, self._on_approval)
+        try:
+            for tool in self._tools:
+                await sandbox.add_tool(tool)
+        except BaseException:
+            await sandbox.close()
+            raise
+        return sandbox

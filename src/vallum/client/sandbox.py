@@ -17,6 +17,7 @@ from vallum.client.connection import Connection
 from vallum.client.control import update_rules
 from vallum.client.session import SessionOpener
 from vallum.client.snapshots import FilesChanged, Snapshot, name_of, read_diff, read_snapshot
+from vallum.client.tools import HostTool, answer_calls
 from vallum.core.errors import InvalidInput, VallumError
 
 
@@ -32,6 +33,8 @@ class Sandbox:
         """Host pid of the cell's PID 1."""
         self.rootless = made.rootless
         self._step: int | None = None
+        self._tools: dict[str, HostTool] = {}
+        self._calls: asyncio.Task[None] | None = None
         self.used: wire.Used | None = None
         """What it used, once closed."""
         self._answering = (
@@ -214,6 +217,22 @@ class Sandbox:
         )
         return await self._connection.call(request, wire.ModelAnswer)
 
+    async def add_tool(self, tool: HostTool) -> None:
+        """Offer a function of this process to the cell, over MCP at ``http://tools.vallum.internal/mcp``.
+
+        It is granted unless a rule denies or holds it (``host = "tools.vallum.internal"``, ``tools = [...]``). Every call
+        is recorded as ``mcp.call`` and charged to the step that made it. One of the same name is replaced.
+
+        Raises:
+            InvalidInput: the name or the schema cannot be used.
+            CellGone: the cell has ended.
+        """
+        request = wire.AddTool(seq=self._connection.next_seq(), sandbox=self.id, tool=tool.on_wire())
+        await self._connection.call(request, type(None))
+        self._tools[tool.name] = tool
+        if self._calls is None:
+            self._calls = asyncio.create_task(answer_calls(self._connection, self.id, self._tools))
+
     async def read_file(self, path: str, *, user: str | None = None, limit_bytes: int = 100 * 1024 * 1024) -> bytes:
         """Content of a regular file, resolved inside the cell.
 
@@ -356,6 +375,10 @@ class Sandbox:
 
     async def close(self, *, exit_code: int | None = None) -> None:
         """End the cell. Everything in it is killed and its layer deleted."""
+        if self._calls is not None:
+            self._calls.cancel()
+            await asyncio.gather(self._calls, return_exceptions=True)
+            self._calls = None
         if self._answering is not None:
             self._answering.cancel()
             with contextlib.suppress(asyncio.CancelledError, VallumError):

@@ -10,6 +10,7 @@ the node still validates every message: types by msgspec, sizes by :data:`MAX_FR
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import Literal
 
@@ -326,6 +327,49 @@ class Stop(Request, frozen=True, tag="stop"):
     """Stop the node and every cell. Answer: None, just before it goes."""
 
 
+TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class HostTool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A tool of the host that a cell may call."""
+
+    name: str
+    description: str
+    input_schema: bytes
+    """JSON."""
+
+
+class AddTool(Request, frozen=True, tag="tools.add"):
+    """Offer a tool of this client to a cell, instead of one of the same name. Answer: None."""
+
+    sandbox: str
+    tool: HostTool
+
+
+class TakeToolCall(Request, frozen=True, tag="tools.take"):
+    """Wait for the next call of a tool. Answer: :class:`ToolCallMade`."""
+
+    sandbox: str
+
+
+class AnswerToolCall(Request, frozen=True, tag="tools.answer"):
+    """Answer a call. Answer: None."""
+
+    sandbox: str
+    call: int
+    result: str
+    """JSON of an MCP ``CallToolResult``."""
+
+
+class ToolCallMade(msgspec.Struct, frozen=True, kw_only=True):
+    """A guest calls a tool of the host."""
+
+    call: int
+    name: str
+    arguments: str
+    """JSON."""
+
+
 AnyRequest = (
     Hello
     | CreateSandbox
@@ -339,6 +383,9 @@ AnyRequest = (
     | CloseStep
     | Exec
     | ModelRequest
+    | AddTool
+    | TakeToolCall
+    | AnswerToolCall
     | Input
     | EnterStep
     | Signal

@@ -24,7 +24,7 @@ from vallum.core.errors import CellGone, GuestFileError, InvalidInput, RuleError
 from vallum.core.events import FileWrite, RulesChanged
 from vallum.core.scope import BY_NODE
 from vallum.core.text import show
-from vallum.gateway.kit import Authority, Canary, Credential, Kit, ModelDoor
+from vallum.gateway.kit import Authority, Canary, Credential, HostTool, Kit, ModelDoor
 from vallum.node.authority import is_fresh, make_authority
 from vallum.node.canaries import PLANTED_FILE, check_canaries, guard_secrets, make_planted, secrets_of
 from vallum.node.credentials import CredentialStore, covers
@@ -35,6 +35,7 @@ from vallum.node.trust import check_roots
 from vallum.rules.files import compose, parse_ruleset
 from vallum.rules.grants import Rule, Ruleset, parse_host
 
+MAX_TOOLS = 256
 MAX_APPROVAL_TIMEOUT_S = 24 * 3600.0
 
 Cause = Literal["sdk", "cli", "phase", "approval"]
@@ -292,6 +293,22 @@ class Control:
             for live, terms in fresh:
                 cut += await self._apply(live, terms, request.by)
         return wire.RulesUpdated(cells=[live.id for live in cells], digest=digest_rules(wanted), flows_cut=cut)
+
+    async def add_tool(self, live: LiveCell, tool: HostTool) -> None:
+        """Offer a tool of the host to a cell, instead of one of the same name.
+
+        Raises:
+            InvalidInput: there are too many.
+            CellGone, GatewayError: as of :meth:`update`.
+        """
+        async with self._changing:
+            terms = self.terms_of(live)
+            tools = (*(one for one in terms.kit.tools if one.name != tool.name), tool)
+            if len(tools) > MAX_TOOLS:
+                raise InvalidInput(f"a cell is offered {MAX_TOOLS} tools of the host at most")
+            terms = replace(terms, kit=msgspec.structs.replace(terms.kit, tools=tools))
+            await self._door.update(live, terms.rules, terms.kit)
+            self._cells[live.id] = terms
 
     def find_hold(self, live: LiveCell, rule: str) -> Rule | None:
         """The rule of that id that holds actions of the cell."""

@@ -31,6 +31,7 @@ from vallum.core.events import ContainmentAction, EpisodeEnded, EpisodeStarted, 
 from vallum.core.limits import Limits
 from vallum.core.scope import BY_NODE, Scope, check_id, make_run_id
 from vallum.core.text import show
+from vallum.gateway.kit import HostTool
 from vallum.node.agents import AgentKeeper
 from vallum.node.answers import Answers
 from vallum.node.approvals import Approvals
@@ -46,6 +47,7 @@ from vallum.node.redaction import LogFilter, Redactor
 from vallum.node.snapshots import Ground, Snapshots, describe, settle_terms
 from vallum.node.spares import Spares, make_cell_id
 from vallum.node.telemetry import make_feed
+from vallum.node.tools import ToolCalls, check_tool
 from vallum.node.trust import Trust
 from vallum.node.watch import Watch
 from vallum.sandbox.base import Backend, CellSpec, Image
@@ -98,6 +100,8 @@ class House:
             self._find_any, lambda: list(self._cells.values()), self._watch.questions, self._control
         )
         self._answers.decide = self.approvals.ask
+        self._tools = ToolCalls(self._find_any)
+        self._answers.tool = self._tools.ask
         self._snapshots = Snapshots(places.snapshots, backends)
         self._trust = Trust(places.state / "trust")
         self.tiers: dict[str, str] = {}
@@ -338,6 +342,7 @@ class House:
             failure = error
         self._snapshots.leave(live.id)
         self._control.leave(live)
+        self._tools.forget(live.id)
         self._watch.remove(live)
         self._cells.pop(live.id, None)
         for session, shell in live.shells.items():
@@ -448,6 +453,22 @@ class House:
             live, method=request.method, target=request.target, headers=request.headers, body=request.body
         )
         return wire.ModelAnswer(status=served.status, headers=list(served.headers), body=served.body)
+
+    async def add_tool(self, request: wire.AddTool, client: int) -> None:
+        """Offer a tool of the client to a cell."""
+        check_tool(request.tool)
+        tool = HostTool(
+            name=request.tool.name, description=request.tool.description, input_schema=request.tool.input_schema
+        )
+        await self._control.add_tool(self.get(request.sandbox, client), tool)
+
+    async def take_tool_call(self, request: wire.TakeToolCall, client: int) -> wire.ToolCallMade:
+        """Wait for the next call of a tool of the client."""
+        return await self._tools.take(self.get(request.sandbox, client))
+
+    async def answer_tool_call(self, request: wire.AnswerToolCall, client: int) -> None:
+        """The client's answer to a call."""
+        self._tools.answer(self.get(request.sandbox, client), request)
 
     async def open_session(self, request: wire.OpenSession, client: int) -> str:
         """Start a persistent shell and give its id."""
