@@ -20,6 +20,9 @@ MAX_READ_BYTES = 64 * 1024
 LINGER_S = 30.0
 """Silence after which a fake hangs up, so that no test waits for a forgotten connection."""
 
+_TURNS = 4
+"""Turns of the loop from accepting a connection until its handler has begun: before, nobody would close it."""
+
 
 class Endpoint(NamedTuple):
     """Where a fake listens. Port 0 lets the kernel choose."""
@@ -151,6 +154,8 @@ class TcpFake(Fake):
         """Close listeners and connections."""
         for server in self._servers:
             server.close()
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
