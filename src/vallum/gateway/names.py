@@ -36,8 +36,9 @@ CACHE_S = 10
 LOOKUP_TIMEOUT_S = 8.0
 MAX_PINS = 4096
 MAX_ADDRESSES = 16
-_STAND_IN_V4 = int(ipaddress.IPv4Address("198.18.0.0"))
-_STAND_IN_V6 = int(ipaddress.IPv6Address("100::"))
+_STAND_INS = (ipaddress.IPv4Network("198.18.0.0/16"), ipaddress.IPv6Network("100::/64"))
+_STAND_IN_V4 = int(_STAND_INS[0].network_address)
+_STAND_IN_V6 = int(_STAND_INS[1].network_address)
 _SERVICES: dict[str, ServiceName] = {MODEL_HOST: "model", TOOLS_HOST: "tools"}
 _HOSTS: dict[ServiceName, str] = {service: name for name, service in _SERVICES.items()}
 _SERVICE_STAND_INS: dict[ServiceName, list[str]] = {
@@ -65,6 +66,11 @@ def stand_ins_of(service: ServiceName) -> list[str]:
 def service_at(ip: str) -> ServiceName | None:
     """The service that a guest means by an address (canonical text)."""
     return _SERVICE_OF.get(ip)
+
+
+def is_stand_in(ip: str) -> bool:
+    """Whether an address (canonical text) is of those that guests are told in place of others."""
+    return any(ipaddress.ip_address(ip) in network for network in _STAND_INS)
 
 
 class LookupTemporarilyFailedError(Exception):
@@ -182,6 +188,10 @@ class CellNames:
         for text in raw[: 4 * MAX_ADDRESSES]:
             upstream = str(canonical(text))
             decision = judge_answer(rules, name, upstream, local=upstream in local, own=is_own(upstream), asker=asker)
+            if decision.verdict == "allow" and is_stand_in(upstream):
+                # Whoever answers for a name must not choose what another name's stand-in leads to.
+                reason = f"{name} resolved to {upstream}, which the gateway uses for its own ends inside the cell"
+                decision = Decision(verdict="deny", rule="reserved", reason=reason)
             if decision.verdict != "allow":
                 dropped.append(decision)
             elif has_route(upstream) and len(kept) < MAX_ADDRESSES:
