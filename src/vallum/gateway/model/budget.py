@@ -57,7 +57,7 @@ class Spend:
         """
         if budget.calls is not None and self.calls + 1 > budget.calls:
             raise OverBudgetError(f"all {budget.calls} calls of the budget are used")
-        completion = min(wanted or RESERVED_COMPLETION, RESERVED_COMPLETION)
+        completion = max(0, min(wanted or RESERVED_COMPLETION, RESERVED_COMPLETION))
         limits: list[int] = []
         if budget.tokens is not None:
             left = budget.tokens - self.tokens - prompt

@@ -153,8 +153,9 @@ class Chat:
         if temperature is not None:
             raw["temperature"] = temperature
         if max_tokens is not None:
-            key = "max_completion_tokens" if "max_completion_tokens" in raw else "max_tokens"
-            raw[key] = min(max_tokens, raw.get(key) or max_tokens)
+            # Which of the two a server obeys where there are both is its own affair.
+            for key in {"max_completion_tokens", "max_tokens"} & raw.keys() or {"max_tokens"}:
+                raw[key] = max(1, min(max_tokens, raw.get(key) or max_tokens))
         if token_ids:
             raw["logprobs"] = True
             raw["return_token_ids"] = True
