@@ -177,6 +177,9 @@ class GatewayFlow:
             return decision
         if decision.verdict == "hold" and not self.is_inspected:
             return Decision(verdict="deny", rule=decision.rule, reason=decision.reason)
+        if self.facts.protocol is not None and not self.is_inspected and self._must_read():
+            reason = "by the rules that hold now its requests have to be read, and its beginning went by unread: open a new connection"
+            return Decision(verdict="deny", rule="not-inspectable", reason=reason)
         return None
 
     def _judge_service(self, service: ServiceName) -> Decision:

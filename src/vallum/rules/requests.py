@@ -34,6 +34,13 @@ def git_action(request: RequestFacts) -> GitAction:
     return "read" if action == "read" else "write" if action == "write" else ""
 
 
+def possible_git_actions(request: RequestFacts) -> frozenset[str]:
+    """Whatever some server may take a request of git's smart protocol for: for denials, which hold in any reading."""
+    asked = parse_qs(request.query, keep_blank_values=True).get("service", [])
+    names = [name for way in read_ways(request.path) for name in way.rstrip("/").split("/")[-1:]]
+    return frozenset(_GIT[name] for name in (*asked, *names) if name in _GIT)
+
+
 def covers_request(rule: Rule, request: RequestFacts) -> bool:
     """Whether a denial is about this request: any reading of its path is enough."""
     if rule.methods is not None and request.method not in rule.methods:
@@ -41,8 +48,8 @@ def covers_request(rule: Rule, request: RequestFacts) -> bool:
     if rule.paths is not None and not any(match_path(p, way) for p in rule.paths for way in read_ways(request.path)):
         return False
     if rule.git:
-        action = git_action(request)
-        if not action or (rule.git == "write" and action != "write"):
+        actions = possible_git_actions(request)
+        if not actions or (rule.git == "write" and "write" not in actions):
             return False
     return not rule.websocket or bool(request.upgrade)
 

@@ -40,7 +40,11 @@ log = logging.getLogger(__name__)
 class OpenRequest:
     """A request that a service is answering: cut when the rules change against it. In ``GatewayCell.flows``."""
 
-    def __init__(self, desk: RequestDesk, exchange: Exchange, owner: Owner, task: asyncio.Task[None]) -> None:
+    def __init__(
+        self, desk: RequestDesk, exchange: Exchange, owner: Owner, task: asyncio.Task[None], approved: str
+    ) -> None:
+        """``approved``: the rule that held it and that a person let it pass; empty when none did."""
+        self._approved = approved
         self._desk = desk
         self._exchange = exchange
         self._owner = owner
@@ -52,10 +56,10 @@ class OpenRequest:
         if self.cut is not None:
             return False
         decision = self._desk.judge(self._exchange.head, self._owner).decision
-        # What was held was allowed by a person.
-        if decision.verdict != "deny":
+        if decision.verdict == "allow" or (decision.verdict == "hold" and decision.rule == self._approved):
             return False
-        self.cut = decision
+        # Too late to ask: it is on its way.
+        self.cut = msgspec.structs.replace(decision, verdict="deny")
         self._task.cancel()
         return True
 
@@ -103,9 +107,10 @@ class RequestDesk:
 
     async def _answer(self, exchange: Exchange) -> None:
         owner = await self._owner()
-        judgement = self.judge(exchange.head, owner)
+        judgement, approved = self.judge(exchange.head, owner), ""
         try:
             if judgement.decision.verdict == "hold":
+                approved = judgement.decision.rule
                 judgement = await self._hold(exchange, judgement, owner)
             judgement = self._charge(judgement)
             exchange.head, exchange.decision = judgement.head, judgement.decision
@@ -123,7 +128,7 @@ class RequestDesk:
             log.warning("cell %s: request refused: %s", self._carrier.cell.id, error)
             await exchange.refuse(_GONE, 503)
             return
-        await self._serve(exchange, judgement, owner)
+        await self._serve(exchange, judgement, owner, approved)
 
     async def _open(self, exchange: Exchange, judgement: Judgement, owner: Owner) -> None:
         if judgement.service not in WAITING:
@@ -143,11 +148,11 @@ class RequestDesk:
         denial = purse_of(self._carrier.cell).spend(judgement.rule, usage)
         return judgement if denial is None else msgspec.structs.replace(judgement, decision=denial, status=429)
 
-    async def _serve(self, exchange: Exchange, judgement: Judgement, owner: Owner) -> None:
+    async def _serve(self, exchange: Exchange, judgement: Judgement, owner: Owner, approved: str) -> None:
         """Let a service answer what was recorded as opened; record its end whatever comes."""
         decision = judgement.decision
         serving = asyncio.ensure_future(self._run_service(exchange, judgement))
-        open_request = OpenRequest(self, exchange, owner, serving)
+        open_request = OpenRequest(self, exchange, owner, serving, approved)
         flows = self._carrier.cell.flows
         flows.add(open_request)
         try:
@@ -218,7 +223,7 @@ class RequestDesk:
         asked = asyncio.ensure_future(
             cell.node.hold(
                 cell.id,
-                subject=f"{head.method} {head.scheme}://{head.host}{self._shown(head)}",
+                subject=f"{self._shown(head.method)} {head.scheme}://{head.host}{self._shown(head.target)}",
                 rule=decision.rule,
                 flow=self._carrier.id,
                 timeout_s=cell.kit.approval_timeout_s,
@@ -254,9 +259,9 @@ class RequestDesk:
             log.warning("cell %s: not attributed: %s", self._carrier.cell.id, error)
             return self._carrier.cell.owner
 
-    def _shown(self, head: RequestHead) -> str:
+    def _shown(self, text: str) -> str:
         kit = self._carrier.cell.kit
-        return redact_target(head.target, [*(c.secret for c in kit.credentials), *(c.value for c in kit.canaries)])
+        return redact_target(text, [*(c.secret for c in kit.credentials), *(c.value for c in kit.canaries)])
 
     async def _record(
         self,
@@ -288,11 +293,11 @@ class RequestDesk:
             verdict=decision.verdict,
             rule=decision.rule,
             reason=decision.reason,
-            method=head.method if head is not None else "",
+            method=self._shown(head.method) if head is not None else "",
             scheme="https" if self._place.scheme == "https" else "http",
             host=head.host if head is not None else facts.server_name or facts.dst_ip,
             port=facts.dst_port,
-            path=self._shown(head) if head is not None else "",
+            path=self._shown(head.target) if head is not None else "",
             service=service,
             phase=cell.kit.phase,
             **({} if tally is None or state == "opened" else dataclasses.asdict(tally)),

@@ -85,8 +85,8 @@ def prepare_request(cell: GatewayCell, exchange: Exchange, headers: Headers) -> 
     """
     head = exchange.head
     try:
-        target, host = head.target.encode(), head.host.encode()
-        scan_head(cell.kit.canaries, [host, target, *(name + b": " + value for name, value in head.headers)])
+        line = [head.method.encode(), head.host.encode(), head.target.encode()]
+        scan_head(cell.kit.canaries, [*line, *(name + b": " + value for name, value in head.headers)])
     except FoundError as error:
         raise DeniedError(error.decision) from error
     credential = find_credential(cell.kit, cell.rules.find(exchange.decision.rule), head.host)
@@ -123,7 +123,7 @@ class Forward:
         headers, masker = prepare_request(self._carrier.cell, exchange, head.headers)
         has_body = head.streamed or bool(head.length)
         if head.upgrade == "websocket" and rule is not None and rule.websocket:
-            await self._open_websocket(exchange, headers)
+            await self._open_websocket(exchange, headers, masker)
             return
         try:
             await self._attempt(exchange, headers, masker, fresh=False)
@@ -157,7 +157,7 @@ class Forward:
                     await sending
             self._upstreams.release(upstream)
 
-    async def _open_websocket(self, exchange: Exchange, headers: Headers) -> None:
+    async def _open_websocket(self, exchange: Exchange, headers: Headers, masker: Masker) -> None:
         head, kit = exchange.head, self._carrier.cell.kit
         key = check_key(head)
         if key is None:
@@ -170,13 +170,13 @@ class Forward:
             await upstream.end_body()
             answer = await upstream.read_head()
             if answer.status != 101:
-                await self._pass_back(exchange, upstream, answer, Masker(()))
+                await self._pass_back(exchange, upstream, answer, masker)
                 return
             accepts = [value for name, value in answer.headers if name == b"sec-websocket-accept"]
             names = {name for name, _ in answer.headers}
             if accepts != [accept_of(key)] or b"sec-websocket-extensions" in names:
                 raise UpstreamError("the server did not finish the handshake of a WebSocket")
-            guest = await exchange.switch(answer.headers)
+            guest = await exchange.switch(tuple((name, masker.mask(value)) for name, value in answer.headers))
             server = upstream.switch()
             try:
                 await relay_frames(
