@@ -12,6 +12,8 @@ from vallum.arena.world import World
 from vallum.client.face import Node
 
 RULES = """
+containment = "research"
+
 [[allow]]
 host = "mirror.vallum.test"
 ports = [80]

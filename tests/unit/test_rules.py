@@ -300,7 +300,9 @@ def test_content_of_a_flow() -> None:
     # A grant of addresses leaves names free, but not protocols.
     assert rule(flow("198.51.100.7", 443, protocol="tls", server_name="x.example")).startswith("allow:198.51.100")
     assert rule(flow("198.51.100.7", 443, protocol="ssh")) == "protocol-mismatch"
-    assert rule(flow("198.51.100.7", 22, protocol="ssh")).startswith("allow:198.51.100")
+    assert rule(flow("198.51.100.7", 22, protocol="ssh")) == "ssh-unread"
+    watched = msgspec.structs.replace(rules, containment="research")
+    assert judge_flow(watched, flow("198.51.100.7", 22, protocol="ssh")).rule.startswith("allow:198.51.100")
     assert rule(flow(ip, 9000, "b.example", protocol="unknown")) == "allow:b.example"
     assert rule(flow(ip, 9000, "b.example", protocol="stratum")) == "protocol-mismatch"
     # Without a pin the name is only a claim.
@@ -337,7 +339,10 @@ def test_deny_beats_allow() -> None:
 
 def test_server_first_needs_a_protocol_in_which_servers_speak() -> None:
     assert admits_server_first(grants("a.example:25"), flow("203.0.113.1", 25, "a.example"))
-    assert admits_server_first(grants("a.example:22"), flow("203.0.113.1", 22, "a.example"))
+    unread = grants("a.example:22")
+    assert not admits_server_first(unread, flow("203.0.113.1", 22, "a.example"))
+    watched = msgspec.structs.replace(unread, containment="research")
+    assert admits_server_first(watched, flow("203.0.113.1", 22, "a.example"))
     assert not admits_server_first(grants("a.example"), flow("203.0.113.1", 443, "a.example"))
     assert not admits_server_first(grants("a.example:25"), flow("203.0.113.1", 25))
 

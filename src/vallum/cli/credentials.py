@@ -33,7 +33,7 @@ def credentials() -> None:
 )
 @click.option("--basic", is_flag=True, help="It is user:password for Authorization: Basic.")
 @click.option("--ssh-key", is_flag=True, help="It is a private key in PEM form.")
-@click.option("--user", default="", metavar="NAME", help="With --ssh-key: who logs in when the guest names none.")
+@click.option("--user", default="", metavar="NAME", help="With --ssh-key: who logs in, whomever the guest names.")
 @click.option(
     "--known-hosts",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),

@@ -232,6 +232,34 @@ class HttpRequest(Event, frozen=True, tag="http.request"):
     phase: str = "run"
 
 
+class SshSession(Event, frozen=True, tag="ssh.session"):
+    """An exec, shell or subsystem inside SSH that the gateway ended: when decided, and once more when an allowed one ended."""
+
+    state: Literal["opened", "closed", "denied"]
+    flow: str
+    """Id of the ``net.flow`` that carries it."""
+    session: str
+    """Id that the opened and closed events of one session share."""
+    verdict: Verdict
+    rule: str
+    reason: str
+    host: str
+    port: int
+    user: str
+    """As whom the guest asked to log in."""
+    wants: Literal["exec", "shell", "sftp", "git-read", "git-write", "other"]
+    command: str
+    """The command, or the subsystem; escaped, secrets redacted; cut at 2,000 characters."""
+    terminal: bool = False
+    exit_status: int | None = None
+    bytes_out: int = 0
+    """Payload guest -> server that really left."""
+    bytes_in: int = 0
+    credential: str = ""
+    """Name of the key that the gateway logged in with."""
+    phase: str = "run"
+
+
 class PackageFetched(Event, frozen=True, tag="package.fetched"):
     """A package file that the guest asked a granted index for."""
 
@@ -536,6 +564,7 @@ AnyEvent = (
     | ProcessExited
     | Flow
     | HttpRequest
+    | SshSession
     | PackageFetched
     | ModelCall
     | McpCall

@@ -44,7 +44,7 @@ from vallum.gateway.spending import FlowMeter, purse_of
 from vallum.gateway.tls.termination import HandshakeError
 from vallum.rules.budgets import Usage
 from vallum.rules.facts import Asker, FlowFacts, Pin
-from vallum.rules.verdicts import admits_server_first, judge_flow, reads_requests
+from vallum.rules.verdicts import admits_server_first, judge_flow, reads_requests, reads_sessions
 
 EVIDENCE_GRACE_S = 0.005
 """How long a refusal waits for the guest's first bytes: evidence, and how to phrase it."""
@@ -325,6 +325,9 @@ class GatewayFlow:
         if decision.verdict == "deny":
             raise RefusedError(decision)
         self.is_inspected = self._must_read()
+        if self.is_inspected and self._server is not None:
+            reason = "the guest was silent for so long that its server was connected to, and now it has to be read; try again"
+            raise RefusedError(Decision(verdict="deny", rule="not-inspectable", reason=reason))
         if self.is_inspected:
             return OpenGuard()
         if self._server is not None and (refusal := self._refusal(decision)) is not None:
@@ -346,6 +349,8 @@ class GatewayFlow:
         protocol = self.facts.protocol
         if self.service is not None or protocol == "http2":
             return True
+        if protocol == "ssh":
+            return reads_sessions(self.cell.rules, self.facts, self.asker)
         return protocol in {"http", "tls"} and reads_requests(self.cell.rules, self.facts, self.asker)
 
     def _name_to_vet(self) -> str | None:

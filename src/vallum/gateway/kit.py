@@ -34,7 +34,7 @@ class Credential(msgspec.Struct, frozen=True, kw_only=True):
     prefix: str = "Bearer "
     secret: bytes
     user: str = ""
-    """For ``ssh-key``: the user to log in as when the guest names none."""
+    """For ``ssh-key``: the user to log in as, whomever the guest names; empty: whom it names."""
     host_keys: tuple[str, ...] = ()
     """For ``ssh-key``: known_hosts lines of the servers it is for."""
 

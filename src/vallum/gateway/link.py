@@ -19,7 +19,17 @@ import msgspec
 
 from vallum.core.clock import mono_ns, wall_ns
 from vallum.core.errors import GatewayError, VallumError
-from vallum.core.events import AnyEvent, DnsQuery, Flow, HttpRequest, McpCall, ModelCall, PackageFetched, Process
+from vallum.core.events import (
+    AnyEvent,
+    DnsQuery,
+    Flow,
+    HttpRequest,
+    McpCall,
+    ModelCall,
+    PackageFetched,
+    Process,
+    SshSession,
+)
 from vallum.core.scope import Attribution, Scope
 from vallum.core.verdict import Decision
 from vallum.gateway.kit import Kit
@@ -57,7 +67,7 @@ START_TIMEOUT_S = 15.0
 REQUEST_TIMEOUT_S = 10.0
 SERVE_TIMEOUT_S = 900.0
 """A model's answer may take its time."""
-_OWN_FACTS = Flow | DnsQuery | HttpRequest | PackageFetched | ModelCall | McpCall
+_OWN_FACTS = Flow | DnsQuery | HttpRequest | SshSession | PackageFetched | ModelCall | McpCall
 """What a gateway may state, of the cells that it serves only."""
 _Answer = TypeVar("_Answer", bound=Frame)
 _Slow = OpenSteps | CloseSteps | StopAgent | Hold | CallTool
@@ -118,6 +128,18 @@ class NodeSide(Protocol):
         ...
 
 
+class _Charge:
+    """Whose a socket is, asked by the gateway; an event may be charged by it."""
+
+    __slots__ = ("answer", "cell", "is_told")
+
+    def __init__(self, cell: str, answer: asyncio.Future[Answer]) -> None:
+        self.cell = cell
+        self.answer = answer
+        self.is_told = False
+        """The answer has been sent, and an event that is charged by it may follow."""
+
+
 class GatewayLink:
     """A running gateway process. Make it with :meth:`start`."""
 
@@ -135,7 +157,7 @@ class GatewayLink:
         self._requests = Requests()
         self._cells: dict[str, tuple[str, str | None]] = {}
         self._answering: dict[int, tuple[str, asyncio.Task[None]]] = {}
-        self._charges: dict[int, tuple[str, asyncio.Future[Answer]]] = {}
+        self._charges: dict[int, _Charge] = {}
         self._decoder = msgspec.msgpack.Decoder(FromGateway)
         self._stopping = False
         self._channel = Channel(sock, self._on_frame, self._on_end)
@@ -360,12 +382,13 @@ class GatewayLink:
         else:
             future = asyncio.get_running_loop().create_future()
             future.set_exception(LookupError(f"no cell {frame.cell} is served"))
-        self._charges[frame.seq] = frame.cell, future
+        charge = self._charges[frame.seq] = _Charge(frame.cell, future)
         if len(self._charges) > MAX_CHARGES:
             del self._charges[next(iter(self._charges))]
-        future.add_done_callback(partial(self._attributed, frame))
+        future.add_done_callback(partial(self._attributed, frame, charge))
 
-    def _attributed(self, frame: Attribute, future: asyncio.Future[Answer]) -> None:
+    def _attributed(self, frame: Attribute, charge: _Charge, future: asyncio.Future[Answer]) -> None:
+        charge.is_told = True
         try:
             scope, attribution, process, step = future.result()
         except asyncio.CancelledError:
@@ -380,16 +403,15 @@ class GatewayLink:
         if frame.charge is None:
             self._emit(frame, None)
             return
-        cell, charged = self._charges.pop(frame.charge, (frame.cell, None))
-        if cell != frame.cell:
-            self._kill("the gateway charged an event to a socket of another cell")
-        elif charged is None:
+        charge = self._charges.pop(frame.charge, None)
+        if charge is None:
             self._channel.send(Failed(seq=frame.seq, error=f"no question {frame.charge} was asked"))
-        elif charged.done():
-            # Its answer may still be on its way, and comes first.
-            asyncio.get_running_loop().call_soon(self._emit, frame, charged)
+        elif charge.cell != frame.cell:
+            self._kill("the gateway charged an event to a socket of another cell")
+        elif charge.is_told:
+            self._emit(frame, charge.answer)
         else:
-            charged.add_done_callback(partial(self._emit, frame))
+            charge.answer.add_done_callback(partial(self._emit, frame))  # after the one that tells the answer
 
     def _emit(self, frame: Append, charged: asyncio.Future[Answer] | None) -> None:
         try:

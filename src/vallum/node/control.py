@@ -70,9 +70,10 @@ def digest_rules(rules: Ruleset) -> str:
 
 
 def needs_authority(rules: Ruleset) -> bool:
-    """Whether TLS of a cell may have to be ended by the gateway. Pure."""
+    """Whether TLS or SSH of a cell may have to be ended by the gateway. Pure."""
     return any(
-        rule.reads_requests and (rule.ports is None or any("tls" in rule.protocols_for(port) for port in rule.ports))
+        (rule.reads_requests and (rule.ports is None or any("tls" in rule.protocols_for(port) for port in rule.ports)))
+        or bool(rule.ssh or rule.git)
         for rule in (*rules.allow, *rules.hold, *rules.deny)
     )
 

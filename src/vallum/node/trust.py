@@ -16,6 +16,7 @@ import msgspec
 
 from vallum.core.errors import InvalidInput, SandboxError
 from vallum.gateway.kit import Authority
+from vallum.gateway.ssh.hostkey import KNOWN_HOSTS, write_known_hosts
 from vallum.sandbox.base import Image
 from vallum.sandbox.images.trust import trust_authority
 
@@ -75,7 +76,14 @@ class Trust:
         task = self._made.get(key)
         if task is None:
             directory = self._directory / run / key[1]
-            work = asyncio.to_thread(trust_authority, image, authority.certificate_pem, roots_pem, directory)
+            work = asyncio.to_thread(
+                trust_authority,
+                image,
+                authority.certificate_pem,
+                roots_pem,
+                directory,
+                {KNOWN_HOSTS: write_known_hosts(authority)},
+            )
             task = self._made[key] = asyncio.create_task(work)
         try:
             made = await asyncio.shield(task)

@@ -27,6 +27,7 @@ from vallum.rules.names import METADATA_NAMES, normalise_name
 from vallum.rules.paths import normalise_path
 from vallum.rules.requests import covers_request, denies_tool, refuse_request, refuse_tool
 from vallum.rules.selection import condition, failed_condition, holds_for
+from vallum.rules.sessions import SessionFacts, covers_session, kinds_of
 
 __all__ = [
     "SERVER_FIRST",
@@ -39,13 +40,15 @@ __all__ = [
     "judge_flow",
     "judge_query",
     "judge_request",
+    "judge_session",
     "judge_tool",
     "may_connect",
     "reads_requests",
+    "reads_sessions",
 ]
 
 SERVER_FIRST: frozenset[Protocol] = frozenset({"unknown", "ssh"})
-"""Protocols in which the server may speak first."""
+"""Protocols in which the server may speak first. Of SSH only what is relayed unread, as both sides begin at once."""
 
 
 def may_connect(rules: Ruleset, facts: FlowFacts, asker: Asker | None = None) -> Decision:
@@ -61,7 +64,8 @@ def admits_server_first(rules: Ruleset, facts: FlowFacts, asker: Asker | None = 
     if may_connect(rules, facts, asker).verdict == "deny":
         return False
     usable, _ = _usable((*rules.allow, *rules.hold), facts, canonical(facts.dst_ip), asker, unknown=False)
-    return any(SERVER_FIRST & set(rule.protocols_for(facts.dst_port)) for rule in usable)
+    first = SERVER_FIRST if rules.containment == "research" else SERVER_FIRST - {"ssh"}
+    return any(first & set(rule.protocols_for(facts.dst_port)) for rule in usable)
 
 
 def judge_flow(rules: Ruleset, facts: FlowFacts, asker: Asker | None = None) -> Decision:
@@ -116,6 +120,47 @@ def judge_request(rules: Ruleset, facts: FlowFacts, request: RequestFacts, asker
             f"this request is for {where}, but the connection was opened for {show(facts.server_name)}: open one for each",
         )
     return _judge(rules, msgspec.structs.replace(facts, server_name=name), asker, request)
+
+
+def reads_sessions(rules: Ruleset, facts: FlowFacts, asker: Asker | None = None) -> bool:
+    """Whether an admitted SSH flow is ended by the gateway: some rule that could apply to it says what for.
+
+    One that no rule speaks of is only admitted under ``research``, and relayed unread.
+    """
+    if rules.containment != "research":
+        return True
+    usable, _ = _usable((*rules.hold, *rules.allow), facts, canonical(facts.dst_ip), asker, unknown=True)
+    return any(kinds_of(rule) for rule in usable)
+
+
+def judge_session(rules: Ruleset, facts: FlowFacts, session: SessionFacts, asker: Asker | None = None) -> Decision:
+    """The verdict on one request of a session inside an admitted SSH flow (``facts.protocol`` is ``ssh``).
+
+    ``decision.rule`` is the grant (or hold) whose credential and budget are for this session.
+    """
+    flow = judge_flow(rules, facts, asker)
+    if flow.verdict == "deny":
+        return flow
+    where, address = _where(facts), canonical(facts.dst_ip)
+    failure: Decision | None = None
+    for verdict, some in (("hold", rules.hold), ("allow", rules.allow)):
+        usable, _ = _usable(some, facts, address, asker, unknown=verdict == "hold")
+        for rule in usable:
+            refusal = find_refusal(rule, facts, where, asker, None, None)
+            if refusal is not None:
+                failure = failure or refusal
+            elif covers_session(rule, session) and (verdict == "allow" or rule.id in facts.approved):
+                return Decision(verdict="allow", rule=rule.id, reason=f"{where} is granted by {rule.describe()}")
+            elif covers_session(rule, session):
+                return Decision(
+                    verdict="hold", rule=rule.id, reason=f"{where} waits for an approval of {rule.describe()}"
+                )
+            else:
+                said = ", ".join(sorted(kinds_of(rule))) + (f" of {' '.join(rule.paths)}" if rule.paths else "")
+                failure = _deny(
+                    "session-mismatch", f"{where}: {rule.id} grants {said} over SSH, and this is {session.describe()}"
+                )
+    return failure or flow
 
 
 def judge_tool(
@@ -228,7 +273,7 @@ def _judge(
         *(("allow", rule, facts) for rule in granted),
     ]
     for verdict, rule, seen in candidates:
-        refusal = find_refusal(rule, seen, where, asker, request, tool)
+        refusal = find_refusal(rule, seen, where, asker, request, tool) or _refuse_unread(rules, rule, seen, where)
         if refusal is not None:
             failures.append(refusal)
         elif verdict == "hold" and rule.id not in facts.approved:
@@ -404,6 +449,14 @@ def find_refusal(
     return (
         None if standing != "no" else _deny("condition", f"{where} is granted by {rule.id} only when {show(rule.when)}")
     )
+
+
+def _refuse_unread(rules: Ruleset, rule: Rule, facts: FlowFacts, where: str) -> Decision | None:
+    """SSH that nobody reads can forward any port both ways. Only a closed world may want to watch that."""
+    if facts.protocol != "ssh" or kinds_of(rule) or rules.containment == "research":
+        return None
+    what = f'{where}: {rule.id} does not say what SSH is for; add ssh = ["git-read"] or exec, shell, sftp, git-write'
+    return _deny("ssh-unread", what)
 
 
 def _refuse_content(rule: Rule, facts: FlowFacts, where: str, *, read: bool) -> Decision | None:

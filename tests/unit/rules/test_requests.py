@@ -16,6 +16,7 @@ from vallum.rules.verdicts import (
     judge_query,
     judge_request,
     judge_tool,
+    judges_tools,
     may_connect,
     reads_requests,
 )
@@ -203,7 +204,7 @@ def test_holds() -> None:
     approved = msgspec.structs.replace(TLS, approved=("ask-me",))
     assert judge_request(made, approved, ask("GET", "/admin/x")).rule == "ask-me"
     assert judge_request(made, approved, ask("GET", "/admin/x")).verdict == "allow"
-    flow = rules('[[hold]]\nid = "ask-me"\nhost = "a.example"\nports = [22]')
+    flow = rules('[[hold]]\nid = "ask-me"\nhost = "a.example"\nports = [22]\nssh = ["exec"]')
     ssh = msgspec.structs.replace(TLS, dst_port=22, protocol="ssh", server_name=None)
     assert (may_connect(flow, ssh).verdict, judge_flow(flow, ssh).verdict) == ("hold", "hold")
     assert not admits_server_first(flow, ssh)
@@ -316,3 +317,27 @@ def test_bundles_beside_grants() -> None:
         compose(allow=["@pipy"])
     with pytest.raises(Exception, match="containment is locked"):
         compose("locked", allow=["@pypi"])
+
+
+def test_resources_and_prompts_need_patterns_of_their_own() -> None:
+    call = ask("POST", "/mcp")
+    everything, some = grant('tools = ["*"]'), grant('tools = ["resource:docs://*", "prompt:*"]')
+    assert judge_tool(everything, TLS, call, "search").verdict == "allow"
+    assert judge_tool(everything, TLS, call, "resource:docs://a").rule == "tool-mismatch"
+    assert judge_tool(some, TLS, call, "resource:docs://a").verdict == "allow"
+    assert judge_tool(some, TLS, call, "resource:secret://a").rule == "tool-mismatch"
+    assert judge_tool(some, TLS, call, "prompt:review").verdict == "allow"
+    assert judge_tool(some, TLS, call, "search").rule == "tool-mismatch"
+
+
+def test_a_denial_of_tools_looks_at_messages_and_takes_any_case() -> None:
+    whole = '[[allow]]\nhost = "a.example"\n'
+    denied = rules(whole + '[[deny]]\nid = "no"\nhost = "*"\npaths = ["/mcp"]\ntools = ["delete_*"]')
+    call, page = ask("POST", "/mcp"), ask("POST", "/api")
+    assert judge_tool(denied, TLS, call, "DELETE_all").rule == "no"
+    for request, wanted in ((call, True), (page, False)):
+        assert judges_tools(denied, TLS, request, judge_request(denied, TLS, request)) is wanted
+    plain = rules(whole)
+    assert not judges_tools(plain, TLS, call, judge_request(plain, TLS, call))
+    made = grant('tools = ["read"]')
+    assert judges_tools(made, TLS, call, judge_request(made, TLS, call))

@@ -6,6 +6,8 @@ for the name that was granted). What is inside TLS and is no HTTP is refused: no
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 from typing import TYPE_CHECKING
 
 from vallum.core.text import show
@@ -34,6 +36,11 @@ async def inspect(flow: GatewayFlow, sniffed: Sniffed, head: bytes) -> None:
         RefusedError: the flow must be cut; it is recorded as denied.
         OSError: one side broke off.
     """
+    if sniffed.protocol == "ssh":
+        # Half a second of imports that most gateways never need.
+        door = await asyncio.to_thread(importlib.import_module, "vallum.gateway.ssh.door")
+        await door.serve_ssh(flow, head)
+        return
     stream: Stream = SocketStream(flow.conn, head)
     protocol: str = sniffed.protocol
     scheme = "http"

@@ -18,7 +18,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -149,12 +149,15 @@ class ImageView:
         return False
 
 
-def trust_authority(image: Image, certificate_pem: bytes, roots_pem: bytes, directory: Path) -> Image:
+def trust_authority(
+    image: Image, certificate_pem: bytes, roots_pem: bytes, directory: Path, further: Mapping[str, bytes] | None = None
+) -> Image:
     """The image, trusting one more authority. Some 50 ms, most of it Java's store; do it in a thread.
 
     Args:
         certificate_pem: the authority's certificate.
         roots_pem: further certificates to trust, and those of the host for an image that has none.
+        further: other files to put there (path -> content), e.g. known_hosts.
         directory: is made; kept for as long as a cell has it under it, then deleted by the caller.
 
     Raises:
@@ -163,6 +166,9 @@ def trust_authority(image: Image, certificate_pem: bytes, roots_pem: bytes, dire
     view = ImageView(image.layers)
     try:
         files = _choose_files(view, certificate_pem, roots_pem)
+        for path, content in (further or {}).items():
+            seen = view.find(path)
+            files[seen.path if seen is not None else path] = content
         layers = _write(image.layers, view, files, directory)
     except OSError as error:
         shutil.rmtree(directory, ignore_errors=True)
