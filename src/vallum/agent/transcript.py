@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from vallum.agent.messages import Message, Usage
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import InvalidInput
 
 
@@ -78,7 +79,7 @@ def read_transcript(path: Path) -> tuple[list[Message], Usage]:
     for number, raw in enumerate(lines, 1):
         try:
             line = _decoder.decode(raw)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             if number == len(lines):
                 break  # torn by the end of whoever wrote it
             raise InvalidInput(f"{path}, line {number}: no line of a transcript ({error})") from error

@@ -15,6 +15,7 @@ import msgspec
 from vallum.cli import record_tables
 from vallum.cli.conversation import print_conversations
 from vallum.client.places import Places
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import InvalidInput, RecordError
 from vallum.core.events import AnyEvent
 from vallum.core.text import show as show_text
@@ -188,7 +189,7 @@ def _is_wanted(line: Line, directory: Path, kinds: tuple[str, ...], episode: str
         return True
     try:
         head = msgspec.json.decode(line.payload, type=_Head)
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise RecordError(
             f"record {line.id} of run {directory.name} is no event ({error}); read it with the version that wrote it"
         ) from error

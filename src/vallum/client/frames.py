@@ -17,6 +17,7 @@ from typing import cast
 import msgspec
 
 from vallum.client.wire import LENGTH, MAX_FRAME_BYTES
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import NodeError
 
 _UCRED = struct.Struct("3i")
@@ -34,7 +35,7 @@ class FrameStream(asyncio.Protocol):
         self._buffer = bytearray()
         self._room: asyncio.Future[None] | None = None
         self.on_frame: Callable[[bytes], None] | None = None
-        """Told of each frame's body, in order. What it raises (:class:`NodeError`, ``MsgspecError``) ends the connection."""
+        """Told of each frame's body, in order. What it raises (:class:`NodeError`, ``MALFORMED``) ends the connection."""
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Set when the connection has ended, to what was wrong with the last frame (empty: nothing)."""
         self._wrong = ""
@@ -69,7 +70,7 @@ class FrameStream(asyncio.Protocol):
             return
         try:
             self.on_frame(body)
-        except (NodeError, msgspec.MsgspecError) as error:
+        except (NodeError, *MALFORMED) as error:
             self._end(str(error))
 
     def _end(self, wrong: str) -> None:

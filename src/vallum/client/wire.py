@@ -620,7 +620,7 @@ def decode_request(body: bytes) -> AnyRequest:
     """The request in one frame.
 
     Raises:
-        msgspec.MsgspecError: not a request of this protocol.
+        MALFORMED (:mod:`vallum.core.decoding`): not a request of this protocol.
     """
     request: AnyRequest = _requests.decode(body)
     return request

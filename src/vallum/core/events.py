@@ -606,7 +606,7 @@ def decode(raw: bytes) -> AnyEvent:
     """The event that :func:`encode` wrote.
 
     Raises:
-        msgspec.MsgspecError: not an event of this schema.
+        MALFORMED (:mod:`vallum.core.decoding`): not an event of this schema.
     """
     event: AnyEvent = _decoder.decode(raw)
     return event

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from vallum.core.clock import mono_ns, wall_ns
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import GatewayError, VallumError
 from vallum.core.events import (
     AnyEvent,
@@ -336,7 +337,7 @@ class GatewayLink:
             os.close(fd)
         try:
             frame = self._decoder.decode(body)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             self._kill(f"the gateway sent what is no frame ({error})")
             return
         if isinstance(frame, Done | Failed | Served):

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from vallum.core.decoding import MALFORMED
 from vallum.core.events import AnyEvent, ModelCall
 from vallum.core.verdict import Decision
 from vallum.gateway.cell import Charge, GatewayCell, NodeGoneError
@@ -215,7 +216,7 @@ class GatewayServer:
         doors = [socket.socket(fileno=fd) for fd in fds]
         try:
             frame = self._decoder.decode(body)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             self._on_end(f"the node sent what is no frame ({error})")
             return
         if not isinstance(frame, _Order):

@@ -18,6 +18,7 @@ from typing import Literal
 
 import msgspec
 
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import ControlMissing, InvalidInput, NodeError
 from vallum.core.scope import check_id
 from vallum.core.text import show
@@ -216,7 +217,7 @@ class CredentialStore:
             stored = stored.check()
             if stored.place == "file":
                 check_secret(stored, stored.secret)
-        except (msgspec.MsgspecError, InvalidInput) as error:
+        except (*MALFORMED, InvalidInput) as error:
             raise NodeError(f"the credential file {path} cannot be used ({error}): remove and add it again") from error
         return stored
 

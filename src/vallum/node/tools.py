@@ -13,6 +13,7 @@ from collections.abc import Callable
 import msgspec
 
 from vallum.client import wire
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import CellGone, GatewayError, InvalidInput
 from vallum.gateway.wire import CallTool
 from vallum.node.live import LiveCell
@@ -110,5 +111,5 @@ def check_tool(tool: wire.HostTool) -> None:
         raise InvalidInput(f"the description or schema of the tool {tool.name} is too long")
     try:
         msgspec.json.decode(tool.input_schema, type=dict[str, object])
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise InvalidInput(f"the schema of the tool {tool.name} is no JSON object: {error}") from error

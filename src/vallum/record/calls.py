@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from vallum.core.decoding import MALFORMED
 from vallum.core.events import ToolCall
 
 
@@ -11,7 +12,7 @@ def describe_call(call: ToolCall) -> str:
     """The command of a tool call as one line of a shell, or its raw arguments where it has none."""
     try:
         arguments = msgspec.json.decode(call.arguments, type=_Arguments)
-    except msgspec.MsgspecError:
+    except MALFORMED:
         return call.arguments
     if arguments.argv is not None:
         return " ".join(_quote(word) for word in arguments.argv)

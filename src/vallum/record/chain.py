@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import RecordError, VerificationError
 
 GENESIS = b"0" * 64
@@ -159,7 +160,7 @@ def read_anchor(directory: Path) -> Anchor | None:
     with os.fdopen(fd, "rb") as file:
         try:
             anchor = msgspec.json.decode(file.read(4096), type=Anchor)
-        except (msgspec.MsgspecError, OSError) as error:
+        except (*MALFORMED, OSError) as error:
             raise VerificationError(f"the anchor {path} was changed: {error}", 0) from error
     if anchor.count < 0 or len(anchor.head) != 64:
         raise VerificationError(f"the anchor {path} was changed: no ledger writes such a count or hash", 0)

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import InvalidInput, RecordError
 from vallum.core.events import Record, decode
 from vallum.core.text import show
@@ -69,7 +70,7 @@ def decode_line(line: Line, directory: Path) -> Record:
     """
     try:
         return Record(id=line.id, event=decode(line.payload))
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise RecordError(
             f"record {line.id} of run {directory.name} cannot be understood ({error}): it is unchanged, but another "
             "version of vallum wrote it; read it with that version"
@@ -129,7 +130,7 @@ def _started_ns(directory: Path) -> int:
     try:
         with open_log(directory / LOG) as log:
             return msgspec.json.decode(log.readline(1 << 20)[65:], type=_When).t_ns
-    except (RecordError, msgspec.MsgspecError):
+    except (RecordError, *MALFORMED):
         # An empty or damaged log is no reason to find no run at all; what is wrong shows when it is read.
         return 0
 

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import VerificationError
 from vallum.record.chain import (
     LOG,
@@ -116,7 +117,7 @@ def _check_owner(payload: bytes, run: str, at: Position) -> str:
     where = f"record {at.count} (line {at.count + 1}, byte {at.offset})"
     try:
         fact = msgspec.json.decode(payload, type=_Fact)
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise VerificationError(f"{where} is no event: {error}", at.count) from error
     if fact.scope.run != run:
         raise VerificationError(

@@ -9,6 +9,7 @@ import msgspec
 
 from vallum.agent.messages import Message, Reply, ToolCall, ToolSpec, Usage, write_chat
 from vallum.agent.models.base import ModelError, ModelStopped
+from vallum.core.decoding import MALFORMED
 from vallum.core.text import keep, show
 
 
@@ -76,7 +77,7 @@ def read_reply(status: int, body: bytes) -> Reply:
     try:
         completion = _completions.decode(body)
         choice = completion.choices[0]
-    except (msgspec.MsgspecError, IndexError) as error:
+    except (*MALFORMED, IndexError) as error:
         raise ModelError(f"the model's server answered what is no chat completion ({error}): check its URL") from error
     calls = tuple(
         ToolCall(id=call.id or f"call_{number}", name=call.function.name, arguments=call.function.arguments or "{}")

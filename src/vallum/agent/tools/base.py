@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import msgspec
 
 from vallum.agent.messages import ToolSpec
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import VallumError
 
 Effect = Literal["none", "read", "edit", "run"]
@@ -65,7 +66,7 @@ def read_arguments(arguments: str, kind: type[A]) -> A:
     """
     try:
         return msgspec.json.decode(arguments or "{}", type=kind)
-    except (msgspec.MsgspecError, UnicodeEncodeError) as error:
+    except (*MALFORMED, UnicodeEncodeError) as error:
         raise BadArguments(
             f"the arguments are not usable: {error}. Send one JSON object as the tool describes"
         ) from error

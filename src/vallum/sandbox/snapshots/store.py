@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import InvalidInput, SandboxError
 from vallum.core.limits import Limits
 from vallum.core.text import show
@@ -262,7 +263,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         return None
     try:
         manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *MALFORMED):
         return None
     return manifest if manifest.id == directory.name else None
 

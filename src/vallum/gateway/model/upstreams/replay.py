@@ -10,6 +10,7 @@ from collections import deque
 
 import msgspec
 
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import InvalidInput
 from vallum.core.events import ModelCall, decode
 from vallum.core.messages import ModelRequest, Reply, chain_digests
@@ -46,7 +47,7 @@ class Replay:
                 elif event.state == "closed" and event.reply and event.call in digests:
                     reply = msgspec.json.decode(event.reply, type=Reply)
                     self._replies.setdefault(digests[event.call], deque()).append(reply)
-            except (msgspec.MsgspecError, RecursionError) as error:
+            except MALFORMED as error:
                 raise InvalidInput(
                     f"line {number} of the record to replay is no event of a model call: {error}"
                 ) from error

@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import InvalidInput
 from vallum.core.messages import (
     Finish,
@@ -98,7 +99,7 @@ class Scripted:
             for entry in self._entries:
                 for pattern in (entry.when, entry.first, entry.system, entry.agent):
                     re.compile(pattern)
-        except (msgspec.MsgspecError, re.error, RecursionError) as error:
+        except (*MALFORMED, re.error) as error:
             raise InvalidInput(f"the model's script cannot be used: {error}") from error
         self._calls_tools = any(entry.tool_calls for entry in self._entries)
         self._given = 0

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 import msgspec
 
+from vallum.core.decoding import MALFORMED
 from vallum.gateway.http.exchange import Headers, RequestHead
 from vallum.gateway.services.packages.base import (
     Digests,
@@ -61,7 +62,7 @@ class Npm:
         """As :meth:`Ecosystem.read`. A tag of what is left out goes; ``latest`` moves to the highest version that stays."""
         try:
             page = msgspec.json.decode(body)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except MALFORMED as error:
             raise UnreadableError(f"the packument is not JSON ({error})") from error
         versions = page.get("versions") if isinstance(page, dict) else None
         if not isinstance(versions, dict):

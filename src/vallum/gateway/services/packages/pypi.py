@@ -10,6 +10,7 @@ from urllib.parse import unquote, urljoin
 
 import msgspec
 
+from vallum.core.decoding import MALFORMED
 from vallum.gateway.http.exchange import Headers, RequestHead
 from vallum.gateway.services.packages.base import (
     Digests,
@@ -103,7 +104,7 @@ def takes_json(accept: str) -> bool:
 def _read_json(url: str, body: bytes, *, accept: str, newest_ns: int | None) -> Reading:
     try:
         page = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise UnreadableError(f"the simple index is not JSON ({error})") from error
     files = page.get("files") if isinstance(page, dict) else None
     if not isinstance(files, list):
