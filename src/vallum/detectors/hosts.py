@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection
+from functools import lru_cache
 
 PRIVATE_NAMES = ("in-addr.arpa", "ip6.arpa")
 
@@ -30,6 +31,7 @@ def parent(host: str) -> str:
     return ".".join(labels[-keep:])
 
 
+@lru_cache(maxsize=4096)
 def plain_address(address: str) -> str:
     """An address in one spelling; IPv4 inside IPv6 (mapped, NAT64, 6to4) as IPv4; other text unchanged."""
     try:
@@ -44,6 +46,7 @@ def plain_address(address: str) -> str:
     return str(parsed)
 
 
+@lru_cache(maxsize=4096)
 def is_private(address: str) -> bool:
     """Whether an address belongs to no public network (RFC 1918, link-local, unique local, shared)."""
     try:
@@ -53,6 +56,7 @@ def is_private(address: str) -> bool:
     return not parsed.is_global and not parsed.is_multicast
 
 
+@lru_cache(maxsize=4096)
 def is_multicast(address: str) -> bool:
     """Whether it is a group's address or a broadcast: chatter, not probing."""
     try:

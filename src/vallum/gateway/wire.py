@@ -25,6 +25,11 @@ from vallum.rules.grants import Ruleset
 MAX_FRAME = 16 * 1024 * 1024
 MAX_DESCRIPTORS = 64
 _HEADER = struct.Struct("!IB")
+_RECEIVE_BYTES = 256 * 1024
+_RIGHTS = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+_RIGHTS_BYTES = socket.CMSG_LEN(MAX_DESCRIPTORS * 4)
+# Plain numbers: arithmetic with members of an enum costs as much as the system call.
+_CLOEXEC, _CTRUNC = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
 
 
 class Frame(msgspec.Struct, frozen=True, kw_only=True, tag_field="frame"):
@@ -247,6 +252,7 @@ class Channel:
         self._on_frame = on_frame
         self._on_end = on_end
         self._encoder = msgspec.msgpack.Encoder()
+        self._buffer = memoryview(bytearray(_RECEIVE_BYTES))
         self._in = bytearray()
         self._in_fds: deque[int] = deque()
         self._out: deque[tuple[memoryview, list[int]]] = deque()
@@ -333,20 +339,22 @@ class Channel:
 
     def _readable(self) -> None:
         try:
-            data, fds, flags, _ = socket.recv_fds(self._sock, 256 * 1024, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+            size, ancillary, flags, _ = self._sock.recvmsg_into([self._buffer], _RIGHTS_BYTES, _CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self.close(f"cannot be read from ({error.strerror})")
             return
-        self._in_fds.extend(fds)
-        if flags & socket.MSG_CTRUNC:
+        for level, kind, value in ancillary:
+            if (level, kind) == _RIGHTS:
+                self._in_fds.extend(array.array("i", value[: len(value) - len(value) % 4]))
+        if flags & _CTRUNC:
             self.close("more descriptors came than are allowed")
             return
-        if not data:
+        if not size:
             self.close("the other side ended")
             return
-        self._in += data
+        self._in += self._buffer[:size]
         self._split()
 
     def _split(self) -> None:
