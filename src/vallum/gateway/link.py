@@ -18,8 +18,19 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from vallum.core.clock import mono_ns, wall_ns
+from vallum.core.decoding import MALFORMED
 from vallum.core.errors import GatewayError, VallumError
-from vallum.core.events import AnyEvent, DnsQuery, Flow, HttpRequest, McpCall, ModelCall, PackageFetched, Process
+from vallum.core.events import (
+    AnyEvent,
+    DnsQuery,
+    Flow,
+    HttpRequest,
+    McpCall,
+    ModelCall,
+    PackageFetched,
+    Process,
+    SshSession,
+)
 from vallum.core.scope import Attribution, Scope
 from vallum.core.verdict import Decision
 from vallum.gateway.kit import Kit
@@ -57,7 +68,7 @@ START_TIMEOUT_S = 15.0
 REQUEST_TIMEOUT_S = 10.0
 SERVE_TIMEOUT_S = 900.0
 """A model's answer may take its time."""
-_OWN_FACTS = Flow | DnsQuery | HttpRequest | PackageFetched | ModelCall | McpCall
+_OWN_FACTS = Flow | DnsQuery | HttpRequest | SshSession | PackageFetched | ModelCall | McpCall
 """What a gateway may state, of the cells that it serves only."""
 _Answer = TypeVar("_Answer", bound=Frame)
 _Slow = OpenSteps | CloseSteps | StopAgent | Hold | CallTool
@@ -326,7 +337,7 @@ class GatewayLink:
             os.close(fd)
         try:
             frame = self._decoder.decode(body)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             self._kill(f"the gateway sent what is no frame ({error})")
             return
         if isinstance(frame, Done | Failed | Served):
