@@ -145,3 +145,37 @@ async def test_only_a_command_with_a_step_of_its_own_goes_from_step_to_step(sb):
         await alone.enter_step(other)
     alone.signal(9)
     assert (await alone.wait()).exit_code == 137
+
+
+PLAIN_SERVER = r"""
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "id" not in asked: continue
+    method, result = asked["method"], None
+    if method == "initialize":
+        result = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}}, "serverInfo": {"name": "my files!", "version": "1"}}
+    elif method == "tools/list":
+        result = {"tools": [{"name": "count.lines", "description": "Counts.", "inputSchema": {"type": "object"}}]}
+    elif method == "tools/call":
+        result = {"content": [{"type": "text", "text": str(len(open(asked["params"]["arguments"]["path"]).readlines()))}]}
+    answer = {"result": result} if result is not None else {"error": {"code": -32601, "message": "no"}}
+    print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], **answer}), flush=True)
+"""
+
+
+def test_the_command_line_starts_a_server_without_the_sdk(cli, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "server.py").write_text(PLAIN_SERVER)
+    (tmp_path / "work" / "notes").write_text("one\ntwo\n")
+    script = tmp_path / "script.json"
+    calls = [("my_files__count_lines", {"path": "/work/notes"}), ("submit", {"answer": "counted"})]
+    script.write_text(json.dumps([{"tool_calls": [{"name": name, "arguments": given}]} for name, given in calls]))
+    kept = tmp_path / "transcript.jsonl"
+    ran = cli(
+        *("agent", "--model-upstream", f"scripted:{script}", "--work", tmp_path / "work", "--transcript", kept, "-q"),
+        *("--mcp", "python3 server.py", "count the lines"),
+    )
+    assert (ran.code, ran.out.strip()) == (0, "counted"), ran.err
+    tool = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert '"2"' in json.dumps(tool), kept.read_text()
