@@ -167,7 +167,7 @@ class Metrics:
     """One per completion token, natural logarithm."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
     """One step of a trajectory, as ATIF understands it. (A *step* of Vallum is what one tool call opened.)"""
 
@@ -195,7 +195,7 @@ class Turn:
         return join_text(self.parts)
 
 
-@dataclass
+@dataclass(eq=False)
 class Trajectory:
     """One conversation of an episode."""
 
@@ -224,9 +224,11 @@ class Trajectory:
 
     def walk(self) -> Iterator[Trajectory]:
         """Itself and all sub-agents below it."""
-        yield self
-        for one in self.subagents:
-            yield from one.walk()
+        waiting = [self]
+        while waiting:
+            one = waiting.pop()
+            yield one
+            waiting += reversed(one.subagents)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from vallum.core.events import (
     ModelCall,
     Record,
     RunStarted,
+    StepClosed,
     ToolCall,
     ToolResult,
 )
@@ -64,6 +65,8 @@ class _Episode:
     owners: dict[int, Turn] = field(default_factory=dict)
     """Step -> the turn that opened it."""
     homes: dict[int, Trajectory] = field(default_factory=dict)
+    closed: dict[int, int] = field(default_factory=dict)
+    """Step -> when it was closed."""
     last: Trajectory | None = None
     started: EpisodeStarted | None = None
     ended: EpisodeEnded | None = None
@@ -113,6 +116,8 @@ class TrajectoryTeller:
             episode.started = event
         elif isinstance(event, EpisodeEnded):
             episode.ended = event
+        elif isinstance(event, StepClosed) and event.scope.step is not None:
+            episode.closed[event.scope.step] = event.t_ns
         episode.charges.take(event)
         if (take := self._take.get(type(event))) is not None:
             take(episode, record.id, event)
@@ -129,7 +134,7 @@ class TrajectoryTeller:
                     turn.containment = episode.charges.sum_up(story, steps)
             owned = {call.step for turn in trajectory.turns for call in turn.calls if call.step is not None}
             trajectory.containment = episode.charges.sum_up(story, owned)
-        roots = arrange([one for one in episode.branches.values() if one.turns], episode.openings)
+        roots = arrange([one for one in episode.branches.values() if one.turns], episode.openings, episode.closed)
         everything = set(episode.charges.steps) | (set(story.steps) if story is not None else set())
         return EpisodeTrajectories(
             run=episode.run,

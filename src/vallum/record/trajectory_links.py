@@ -30,22 +30,28 @@ class Opening:
     """When it was answered last."""
 
 
-def arrange(trajectories: list[Trajectory], openings: dict[str, Opening]) -> list[Trajectory]:
-    """Set kind, link and parent of every trajectory, put sub-agents below their parents; the others are returned."""
+def arrange(trajectories: list[Trajectory], openings: dict[str, Opening], closed: dict[int, int]) -> list[Trajectory]:
+    """Set kind, link and parent of every trajectory, put sub-agents below their parents; the others are returned.
+
+    ``trajectories`` come in the order they began; ``closed`` says when steps did.
+    """
     begun = [openings[one.branch] for one in trajectories if one.branch in openings]
     roots = [one for one in trajectories if one.branch not in openings]
+    calls = _OpenCalls(begun, closed)
     above: dict[str, Trajectory] = {}
     """Id of a sub-agent -> whom it works for."""
     for opening in begun:
         one = opening.trajectory
         if opening.parent is not None:
             _join_to_parent(opening, openings)
-        elif (spawner := _find_spawner(opening, begun)) is not None:
+        elif (spawner := _find_spawner(opening, begun, calls)) is not None:
             _embed(one, *spawner)
             above[one.id] = spawner[0]
             continue
         else:
-            _join_to_ended(opening, begun)
+            before = _find_ended(opening, begun)
+            if before is not None:
+                one.kind, one.link, one.parent, before.continued = "continuation", "task", before.id, one.id
         holder = above.get(one.parent)
         if one.kind == "continuation" and holder is not None:
             holder.subagents.append(one)
@@ -74,73 +80,103 @@ def _join_to_parent(opening: Opening, openings: dict[str, Opening]) -> None:
         one.kind, parent.continued = "continuation", one.id
 
 
-def _join_to_ended(opening: Opening, begun: list[Opening]) -> None:
-    """A conversation that was compacted begins with the task of the one before it."""
-    one = opening.trajectory
-    if not opening.task or not _offers_tools(one):
-        return
+def _find_ended(opening: Opening, begun: list[Opening]) -> Trajectory | None:
+    """The conversation with the same task that had ended when this one began: one that was compacted begins so."""
+    if not opening.task or not _offers_tools(opening.trajectory):
+        return None
     for other in begun:
-        before = other.trajectory
         if (
-            other.t_ns < opening.t_ns
-            and other.last_ns < opening.t_ns
+            other.last_ns < opening.t_ns
             and other.task == opening.task
             and other.agent == opening.agent
-            and not before.continued
-            and before is not one
+            and not other.trajectory.continued
+            and other is not opening
         ):
-            one.kind, one.link, one.parent, before.continued = "continuation", "task", before.id, one.id
-            return
-
-
-def _find_spawner(opening: Opening, begun: list[Opening]) -> tuple[Trajectory, Turn, str, Link] | None:
-    """The tool call that was open when a conversation began, and how it was chosen."""
-    found: list[tuple[Trajectory, Turn, str]] = []
-    for other in begun:
-        trajectory = other.trajectory
-        if trajectory is opening.trajectory or other.t_ns >= opening.t_ns:
-            continue
-        for place, turn in enumerate(trajectory.turns):
-            if not turn.model_calls or turn.t_ns >= opening.t_ns:
-                continue
-            until = next((later.t_ns for later in trajectory.turns[place + 1 :] if later.model_calls), None)
-            if until is not None and until < opening.t_ns:
-                continue
-            found += [(trajectory, turn, call.id) for call in turn.calls]
-    if opening.task:
-        told = [one for one in found if _tells(one, opening.task)]
-        fresh = [one for one in told if one[2] not in one[1].subagents]
-        if fresh or told:
-            return (*(fresh or told)[0], "prompt")
-    offers = _offers_tools(opening.trajectory)
-    if not offers:
-        return None
-    # A conversation with the task of one that has ended goes on with that one.
-    if any(
-        other.task == opening.task and other.last_ns < opening.t_ns and other.trajectory is not opening.trajectory
-        for other in begun
-        if opening.task
-    ):
-        return None
-    if len(found) == 1:
-        return (*found[0], "time")
-    if found:
-        opening.trajectory.link = "ambiguous"
+            return other.trajectory
     return None
 
 
-def _tells(found: tuple[Trajectory, Turn, str], task: str) -> bool:
-    """Whether the words of a task are among the arguments of a call, or these among the words."""
-    call = next(call for call in found[1].calls if call.id == found[2])
+Proposed = tuple[Trajectory, Turn, str]
+"""A tool call: by whom, in which turn, and its id."""
+
+
+class _OpenCalls:
+    """The tool calls that are open at a moment that only moves forward.
+
+    A call is over when its step closes, or when its conversation has an answer that came later.
+    """
+
+    def __init__(self, begun: list[Opening], closed: dict[int, int]) -> None:
+        spans: list[tuple[int, int, int, Proposed]] = []
+        for opening in begun:
+            later_ns = _NEVER
+            for turn in reversed(opening.trajectory.turns):
+                if not turn.model_calls:
+                    continue
+                for call in turn.calls:
+                    over_ns = min(later_ns, closed.get(call.step, _NEVER) if call.step is not None else _NEVER)
+                    spans.append((turn.t_ns, over_ns, len(spans), (opening.trajectory, turn, call.id)))
+                later_ns = turn.t_ns
+        self._coming = sorted(spans, key=lambda span: span[:3], reverse=True)
+        self._open: list[tuple[int, int, Proposed]] = []
+
+    def at(self, t_ns: int) -> list[Proposed]:
+        """What is open then, in the order it began."""
+        while self._coming and self._coming[-1][0] < t_ns:
+            _, over_ns, number, proposed = self._coming.pop()
+            self._open.append((over_ns, number, proposed))
+        self._open = [one for one in self._open if one[0] >= t_ns][-MAX_OPEN:]
+        return [proposed for *_, proposed in self._open]
+
+
+_NEVER = 1 << 63
+MAX_OPEN = 256
+"""Of very many open calls the newest are looked at; a node keeps fewer steps open."""
+
+
+def _find_spawner(
+    opening: Opening, begun: list[Opening], calls: _OpenCalls
+) -> tuple[Trajectory, Turn, str, Link] | None:
+    """The tool call that was open when a conversation began, and how it was chosen."""
+    found = [one for one in calls.at(opening.t_ns) if one[0] is not opening.trajectory]
+    if not found:
+        return None
+    if (told := _find_told(found, opening.task)) is not None:
+        return (*told, "prompt")
+    if not _offers_tools(opening.trajectory) or _find_ended(opening, begun) is not None:
+        return None
+    if len(found) == 1:
+        return (*found[0], "time")
+    opening.trajectory.link = "ambiguous"
+    return None
+
+
+def _find_told(found: list[Proposed], task: str) -> Proposed | None:
+    """The open call with most of its words in the task. Of calls with the same words each is taken once."""
+    weighed = [(_weigh(arguments := _arguments(one), task), arguments, one) for one in found]
+    best = max((weight for weight, *_ in weighed), default=0)
+    told = [(arguments, one) for weight, arguments, one in weighed if weight == best]
+    if best < MIN_PROMPT or len({arguments for arguments, _ in told}) > 1:
+        return None
+    return next((one for _, one in told if one[2] not in one[1].subagents), told[0][1])
+
+
+MIN_PROMPT = 8
+"""Fewer characters in common stand in too many messages to tell who was told them."""
+
+
+def _arguments(found: Proposed) -> str:
+    return next(call.arguments for call in found[1].calls if call.id == found[2])
+
+
+def _weigh(arguments: str, task: str) -> int:
+    """How many characters the texts among a call's arguments have in common with a task: whole texts or none."""
     try:
-        values = _strings(msgspec.json.decode(call.arguments))
+        values = _strings(msgspec.json.decode(arguments))
     except (msgspec.MsgspecError, RecursionError):
-        values = [call.arguments]
-    return any(len(value) >= MIN_PROMPT and (task in value or value.strip() in task) for value in values)
-
-
-MIN_PROMPT = 12
-"""Shorter words stand in too many messages to tell who was told them."""
+        values = [arguments]
+    words = [value.strip() for value in values]
+    return sum(min(len(word), len(task)) for word in set(words) if word and task and (word in task or task in word))
 
 
 def _strings(value: Any) -> list[str]:

@@ -2,6 +2,9 @@
 
 import pytest
 
+from vallum.record.reader import read_records
+from vallum.record.trajectory_fold import fold_trajectories
+
 pytestmark = [pytest.mark.root, pytest.mark.e2e]
 
 CALLS = {
@@ -92,7 +95,7 @@ async def test_parallel_calls_of_one_reply(run_agent, target, name):
         assert denied[word]["attribution"] == {"method": "argv", "confidence": 0.9}
 
 
-async def test_two_sub_agents_at_once(run_agent, target):
+async def test_two_sub_agents_at_once(run_agent, target, tmp_path):
     """Claude Code's own: both in one process, over one connection or two."""
     one = f"sleep 0.6; curl -s -m 3 {target.url}/one; echo one"
     other = f"sleep 0.5; curl -s -m 3 {target.url}/other; echo other"
@@ -119,3 +122,11 @@ async def test_two_sub_agents_at_once(run_agent, target):
     assert denied["other"]["scope"]["step"] == worked.steps[other]
     branches = {e["branch"] for e in worked.of("model.call", state="closed") if e["steps"]}
     assert len(branches) == 3  # the agent's and one of each sub-agent
+    (run,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir() and not path.is_symlink()]
+    (episode,) = fold_trajectories(read_records(run))[1]
+    main = next(one for one in episode.roots if one.kind == "main")
+    assert [(one.kind, one.link) for one in main.subagents] == [("subagent", "prompt")] * 2
+    for sub in main.subagents:
+        turn = next(turn for turn in sub.turns if turn.calls)
+        assert turn.calls[0].step in (worked.steps[one], worked.steps[other])
+        assert turn.containment.denied == 1

@@ -166,6 +166,22 @@ def test_a_sub_agent_is_found_by_its_prompt_and_its_results_do_not_mix() -> None
     assert main.subagents[1].turns[2].results[0].text == "out 1"
 
 
+def test_sub_agents_are_told_apart_by_what_their_calls_do_not_share() -> None:
+    talk = Conversations()
+    calls = [
+        call("Agent", number, description="work", prompt=f"be number {number}", type="general") for number in (1, 2)
+    ]
+    told = talk.converse([SYSTEM, TASK], *calls)
+    for number in (2, 1):
+        words = f"<reminder>You do general work.</reminder>be number {number}"
+        talk.converse([SYSTEM, say("user", words)], Text(f"answer {number}"))
+    talk.converse([*told, tell(1, "a"), tell(2, "b")], Text("done"))
+    (main,) = fold(talk).roots
+    begun = main.turns[2].subagents
+    by_id = {one.id: one for one in main.subagents}
+    assert {name: by_id[ids[0]].turns[-1].text for name, ids in begun.items()} == {"c1": "answer 1", "c2": "answer 2"}
+
+
 def test_a_sub_agent_with_other_words_is_found_by_time_and_doubt_is_said() -> None:
     for calls, expected in (
         ([call("task", 1, id=7)], "time"),
@@ -176,6 +192,21 @@ def test_a_sub_agent_with_other_words_is_found_by_time_and_doubt_is_said() -> No
         talk.converse([SYSTEM, say("user", "other words altogether")], Text("answer"))
         talk.converse([*told, *(tell(n + 1, "ok") for n in range(len(calls)))], Text("done"))
         assert {one.link for one in fold(talk).trajectories} == {"", expected}
+
+
+def test_a_call_that_is_over_has_begun_nothing() -> None:
+    talk = Conversations()
+    talk.converse([SYSTEM, TASK], call("submit", 1, answer="it is Linux"))
+    talk.finish(0)
+    talk.converse([SYSTEM, say("user", "another task")], Text("done"))
+    assert [(one.kind, one.link) for one in fold(talk).roots] == [("main", ""), ("main", "")]
+
+
+def test_very_many_conversations_fold_in_time() -> None:
+    talk = Conversations()
+    for number in range(1500):
+        talk.converse([SYSTEM, say("user", f"begin {number} anew")], call("bash", number, command="x" * 50))
+    assert sum(1 for _ in fold(talk).trajectories) == 1500
 
 
 def test_a_title_is_beside_the_conversation() -> None:
