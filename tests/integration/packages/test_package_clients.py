@@ -97,13 +97,13 @@ def test_apt_installs(seen: dict) -> None:
     need("apt-get")
     said = seen["said"]["apt"]
     assert said["code"] == 0, said["out"]
+    assert "\ntool\n" in said["out"]
     assert fetched(seen, "clients", said["step"]) == [("tool", "1:2.0", "index")]
 
 
-@pytest.mark.parametrize("name", ["npm-script", "sdist"])
+@pytest.mark.parametrize("name", ["npm-script", "sdist", "apt"])
 def test_what_an_installation_runs_is_contained_and_charged(seen: dict, name: str) -> None:
-    if name == "npm-script":
-        need("npm")
+    need({"npm-script": "npm", "apt": "apt-get"}.get(name, "python3"))
     said = seen["said"][name]
     assert said["code"] == 0, said["out"]
     flows = [e for e in seen["events"]["clients"] if e["kind"] == "net.flow" and e["dst_ip"] == "198.51.100.7"]
