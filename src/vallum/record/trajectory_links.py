@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from vallum.record.trajectory import Link, Trajectory, Turn
+from vallum.record.trajectory import Call, Link, Trajectory, Turn
 
 
 @dataclass
@@ -38,18 +38,21 @@ def arrange(trajectories: list[Trajectory], openings: dict[str, Opening], closed
     begun = [openings[one.branch] for one in trajectories if one.branch in openings]
     roots = [one for one in trajectories if one.branch not in openings]
     calls = _OpenCalls(begun, closed)
+    by_task: dict[tuple[str, str], list[Opening]] = {}
+    for opening in begun:
+        by_task.setdefault((opening.task, opening.agent), []).append(opening)
     above: dict[str, Trajectory] = {}
     """Id of a sub-agent -> whom it works for."""
     for opening in begun:
         one = opening.trajectory
         if opening.parent is not None:
             _join_to_parent(opening, openings)
-        elif (spawner := _find_spawner(opening, begun, calls)) is not None:
+        elif (spawner := _find_spawner(opening, by_task, calls)) is not None:
             _embed(one, *spawner)
             above[one.id] = spawner[0]
             continue
         else:
-            before = _find_ended(opening, begun)
+            before = _find_ended(opening, by_task)
             if before is not None:
                 one.kind, one.link, one.parent, before.continued = "continuation", "task", before.id, one.id
         holder = above.get(one.parent)
@@ -80,24 +83,24 @@ def _join_to_parent(opening: Opening, openings: dict[str, Opening]) -> None:
         one.kind, parent.continued = "continuation", one.id
 
 
-def _find_ended(opening: Opening, begun: list[Opening]) -> Trajectory | None:
+def _find_ended(opening: Opening, by_task: dict[tuple[str, str], list[Opening]]) -> Trajectory | None:
     """The conversation with the same task that had ended when this one began: one that was compacted begins so."""
     if not opening.task or not _offers_tools(opening.trajectory):
         return None
-    for other in begun:
-        if (
-            other.last_ns < opening.t_ns
-            and other.task == opening.task
-            and other.agent == opening.agent
-            and not other.trajectory.continued
-            and other is not opening
-        ):
+    for other in by_task.get((opening.task, opening.agent), []):
+        if other.last_ns < opening.t_ns and not other.trajectory.continued and other is not opening:
             return other.trajectory
     return None
 
 
-Proposed = tuple[Trajectory, Turn, str]
-"""A tool call: by whom, in which turn, and its id."""
+@dataclass(frozen=True)
+class Proposed:
+    """A tool call: by whom, in which turn, and the texts among its arguments."""
+
+    trajectory: Trajectory
+    turn: Turn
+    call: Call
+    words: frozenset[str]
 
 
 class _OpenCalls:
@@ -115,7 +118,14 @@ class _OpenCalls:
                     continue
                 for call in turn.calls:
                     over_ns = min(later_ns, closed.get(call.step, _NEVER) if call.step is not None else _NEVER)
-                    spans.append((turn.t_ns, over_ns, len(spans), (opening.trajectory, turn, call.id)))
+                    spans.append(
+                        (
+                            turn.t_ns,
+                            over_ns,
+                            len(spans),
+                            Proposed(opening.trajectory, turn, call, _read_words(call.arguments)),
+                        )
+                    )
                 later_ns = turn.t_ns
         self._coming = sorted(spans, key=lambda span: span[:3], reverse=True)
         self._open: list[tuple[int, int, Proposed]] = []
@@ -135,48 +145,49 @@ MAX_OPEN = 256
 
 
 def _find_spawner(
-    opening: Opening, begun: list[Opening], calls: _OpenCalls
+    opening: Opening, by_task: dict[tuple[str, str], list[Opening]], calls: _OpenCalls
 ) -> tuple[Trajectory, Turn, str, Link] | None:
     """The tool call that was open when a conversation began, and how it was chosen."""
-    found = [one for one in calls.at(opening.t_ns) if one[0] is not opening.trajectory]
+    found = [one for one in calls.at(opening.t_ns) if one.trajectory is not opening.trajectory]
     if not found:
         return None
     if (told := _find_told(found, opening.task)) is not None:
-        return (*told, "prompt")
-    if not _offers_tools(opening.trajectory) or _find_ended(opening, begun) is not None:
+        return told.trajectory, told.turn, told.call.id, "prompt"
+    if not _offers_tools(opening.trajectory) or _find_ended(opening, by_task) is not None:
         return None
     if len(found) == 1:
-        return (*found[0], "time")
+        return found[0].trajectory, found[0].turn, found[0].call.id, "time"
     opening.trajectory.link = "ambiguous"
     return None
 
 
 def _find_told(found: list[Proposed], task: str) -> Proposed | None:
     """The open call with most of its words in the task. Of calls with the same words each is taken once."""
-    weighed = [(_weigh(arguments := _arguments(one), task), arguments, one) for one in found]
-    best = max((weight for weight, *_ in weighed), default=0)
-    told = [(arguments, one) for weight, arguments, one in weighed if weight == best]
-    if best < MIN_PROMPT or len({arguments for arguments, _ in told}) > 1:
+    weighed = [(_weigh(one.words, task), one) for one in found]
+    best = max((weight for weight, _ in weighed), default=0)
+    told = [one for weight, one in weighed if weight == best]
+    if best < MIN_PROMPT or len({one.call.arguments for one in told}) > 1:
         return None
-    return next((one for _, one in told if one[2] not in one[1].subagents), told[0][1])
+    return next((one for one in told if one.call.id not in one.turn.subagents), told[0])
 
 
 MIN_PROMPT = 8
 """Fewer characters in common stand in too many messages to tell who was told them."""
 
 
-def _arguments(found: Proposed) -> str:
-    return next(call.arguments for call in found[1].calls if call.id == found[2])
-
-
-def _weigh(arguments: str, task: str) -> int:
-    """How many characters the texts among a call's arguments have in common with a task: whole texts or none."""
+def _read_words(arguments: str) -> frozenset[str]:
     try:
         values = _strings(msgspec.json.decode(arguments))
     except (msgspec.MsgspecError, RecursionError):
         values = [arguments]
-    words = [value.strip() for value in values]
-    return sum(min(len(word), len(task)) for word in set(words) if word and task and (word in task or task in word))
+    return frozenset(word for value in values if (word := value.strip()))
+
+
+def _weigh(words: frozenset[str], task: str) -> int:
+    """How many characters the texts of a call have in common with a task: whole texts or none."""
+    if not task:
+        return 0
+    return sum(min(len(word), len(task)) for word in words if word in task or task in word)
 
 
 def _strings(value: Any) -> list[str]:
