@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` and `make test`. Set-up is part of both and quick the second time.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow test-agents lint format bench clean
+.PHONY: help setup setup-dev demo test test-slow test-agents lint format fuzz bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,6 +37,11 @@ lint: setup-dev  ## ruff, mypy --strict, import-linter
 format: setup-dev  ## let ruff arrange the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+fuzz:  ## a million inputs for everything that reads what others wrote
+	@scripts/setup --dev
+	@$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/pip install -q -e ".[fuzz]"
+	@$(BIN)/python tests/fuzz/run.py
 
 bench:  ## figures beside the peers that are installed, in one run
 	@scripts/setup --bench

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-import msgspec
-
 from vallum.client.wire import LENGTH, MAX_FRAME_BYTES
 from vallum.core.decoding import MALFORMED
 from vallum.core.errors import NodeError

@@ -130,4 +130,5 @@ def write_event(data: bytes, name: str = "") -> bytes:
 def rewrite_event(event: SseEvent) -> bytes:
     """The event as it came, in one spelling."""
     lines = "".join(f"data: {line}\n" for line in event.data.split("\n"))
-    return ((f"event: {event.name}\n" if event.name else "") + lines + "\n").encode()
+    head = (f"id: {event.id}\n" if event.id else "") + (f"event: {event.name}\n" if event.name else "")
+    return (head + lines + "\n").encode()

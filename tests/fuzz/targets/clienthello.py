@@ -1,17 +1,12 @@
-"""Coverage-guided fuzzing of the ClientHello reader: ``python tests/fuzz/clienthello.py [-runs=N] [CORPUS]``.
+"""Coverage-guided fuzzing of the ClientHello reader.
 
 The first byte cuts the input in two, so that a hello in pieces has to give what it gives in one.
 """
 
 from __future__ import annotations
 
-import sys
-
-import atheris
-
-with atheris.instrument_imports():
-    from vallum.gateway.tls.clienthello import HelloReader, MalformedError, NotTlsError
-    from vallum.gateway.tls.ja4 import fingerprint
+from vallum.gateway.tls.clienthello import HelloReader, MalformedError, NotTlsError
+from vallum.gateway.tls.ja4 import fingerprint
 
 
 def read(pieces: list[bytes]) -> object:
@@ -28,13 +23,8 @@ def read(pieces: list[bytes]) -> object:
     return None
 
 
-def run(data: bytes) -> None:
+def fuzz(data: bytes) -> None:
     if not data:
         return
     cut, rest = data[0] * len(data) // 256, data[1:]
     assert read([rest]) == read([rest[:cut], rest[cut:]])
-
-
-if __name__ == "__main__":
-    atheris.Setup(sys.argv, run)
-    atheris.Fuzz()
