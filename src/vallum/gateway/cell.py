@@ -135,6 +135,7 @@ class Node(Protocol):
         calls: Sequence[ProposedCall],
         agent: str = "",
         pid: int | None = None,
+        step: int | None = None,
         on_host: bool = False,
         closing: ModelCall | None = None,
     ) -> tuple[int, ...]:

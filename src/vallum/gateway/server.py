@@ -123,6 +123,7 @@ class GatewayServer:
         calls: Sequence[ProposedCall],
         agent: str = "",
         pid: int | None = None,
+        step: int | None = None,
         on_host: bool = False,
         closing: ModelCall | None = None,
     ) -> tuple[int, ...]:
@@ -133,6 +134,7 @@ class GatewayServer:
             "calls": tuple(calls),
             "agent": agent,
             "pid": pid,
+            "step": step,
             "on_host": on_host,
             "closing": closing,
         }

@@ -89,6 +89,8 @@ class OpenSteps(Frame, frozen=True, tag="open_steps"):
     agent: str = ""
     pid: int | None = None
     """Host pid of the process that holds the model connection, as the node said when it attributed it."""
+    step: int | None = None
+    """Step that the model connection is charged to; says more than nothing where no process was seen holding it."""
     on_host: bool = False
     """A client on the host asked (:class:`ServeRequest`), not the guest."""
     closing: ModelCall | None = None

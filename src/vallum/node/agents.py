@@ -285,6 +285,8 @@ class AgentSteps:
         if known is not None and known.start_ticks == start:
             return "runtime", known
         home = self.live.cell.step_of_pid(pid)[0] if pid is not None else None
+        if frame.step is not None and frame.step in self._proposed and (home is None or start is None):
+            return "nested", None  # nobody was seen holding it, and a call's process made it
         if pid is None or start is None or home is None:
             living = [one for one in self._runtimes.values() if self.is_runtime(one.pid)]
             return ("runtime", living[0]) if len(living) == 1 else ("unknown", None)

@@ -87,11 +87,12 @@ class RecordingNode:
         calls: Sequence[ProposedCall],
         agent: str = "",
         pid: int | None = None,
+        step: int | None = None,
         on_host: bool = False,
         closing: ModelCall | None = None,
     ) -> tuple[int, ...]:
         """As the protocol says."""
-        del model_call, agent, on_host, pid
+        del model_call, agent, on_host, pid, step
         self._check()
         await asyncio.sleep(self.step_s)
         self.log.append(f"open_steps {branch} {','.join(call.id for call in calls)}")

@@ -362,6 +362,7 @@ class ModelCalls:
             calls=calls,
             agent=asked.agent,
             pid=process.pid if process is not None else None,
+            step=asked.owner.scope.step,
             on_host=asked.on_host,
             closing=closing,
         )
