@@ -10,7 +10,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vallum.core.events import DnsQuery, Flow, HttpRequest, McpCall, ModelCall, PacketDropped, Process
+from vallum.core.events import DnsQuery, Flow, HttpRequest, McpCall, ModelCall, PacketDropped, Process, SshSession
 from vallum.core.scope import Attribution
 
 KEPT_TARGETS = 512
@@ -169,7 +169,7 @@ def file_query(entries: Entries, number: int, event: DnsQuery, at_ns: int, *, is
     return entry
 
 
-Refused = HttpRequest | ModelCall | McpCall
+Refused = HttpRequest | SshSession | ModelCall | McpCall
 
 
 def file_refusal(entries: Entries, number: int, event: Refused, at_ns: int, *, is_late: bool) -> Traffic:
@@ -178,6 +178,8 @@ def file_refusal(entries: Entries, number: int, event: Refused, at_ns: int, *, i
     host: str | None
     if isinstance(event, HttpRequest):
         protocol, host, target = event.scheme, event.host, f"{event.method} {event.host}:{event.port}{event.path}"
+    elif isinstance(event, SshSession):
+        protocol, host, target = "ssh", event.host, f"{event.host}:{event.port} {event.wants} {event.command}".rstrip()
     elif isinstance(event, ModelCall):
         protocol, host, target = "model", event.upstream or None, f"model {event.model}"
     else:
