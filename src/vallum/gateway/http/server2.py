@@ -354,11 +354,14 @@ class Server2:
         await self._desk.turn_away(decision)
         status, headers, body = render(None, decision, 421 if decision.rule == "host-mismatch" else 400)
         fields = ((b":status", b"%d" % status), *headers, (b"content-length", b"%d" % len(body)))
-        self._conn.send_headers(stream_id, fields)
-        if self._conn.local_flow_control_window(stream_id) >= len(body):
-            self._conn.send_data(stream_id, body, end_stream=True)
-        else:
-            self._conn.reset_stream(stream_id, ErrorCodes.PROTOCOL_ERROR)
+        try:
+            self._conn.send_headers(stream_id, fields)
+            if self._conn.local_flow_control_window(stream_id) >= len(body):
+                self._conn.send_data(stream_id, body, end_stream=True)
+            else:
+                self._conn.reset_stream(stream_id, ErrorCodes.PROTOCOL_ERROR)
+        except h2.exceptions.ProtocolError:
+            return  # it was reset in the same breath
         await self._flush()
 
     # -- what exchanges send -----------------------------------------------------------------------------
