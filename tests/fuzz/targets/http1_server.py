@@ -48,7 +48,8 @@ class Desk:
             sink += client.send(h11.EndOfMessage())
             whole = True
             await exchange.start(200, (), length=2)
-            await exchange.send(b"ok")
+            if head.method != "HEAD":
+                await exchange.send(b"ok")
             await exchange.end()
         except GuestGoneError:
             await exchange.abort("gone")

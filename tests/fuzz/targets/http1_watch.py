@@ -52,11 +52,9 @@ def count(sink: bytes) -> int:
                 assert [split_authority(host) for host in hosts] == [GRANTED]
             elif event is h11.NEED_DATA:
                 return found
-            elif event is h11.PAUSED:
+            elif isinstance(event, h11.EndOfMessage):
                 sink = server.trailing_data[0]
                 break
-            elif isinstance(event, h11.EndOfMessage) and not server.trailing_data[0]:
-                return found
     return found
 
 
