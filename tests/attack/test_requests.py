@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib.util
 import json
 import os
@@ -233,3 +234,24 @@ def test_a_server_that_declines_a_websocket_cannot_echo_the_credential(tmp_path:
             writer.close()
 
     run_in_world(tmp_path, Ruleset(allow=(rule,)), scenario, kit=Kit(credentials=(credential,)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "hexadecimal", "base32", "labels"])
+def test_a_canary_in_the_name_of_a_query_is_asked_of_nobody(tmp_path: Path, kind: str) -> None:
+    value = KEY.value
+    label = {
+        "plain": value.decode().lower(),
+        "hexadecimal": value.hex(),
+        "base32": base64.b32encode(value).decode().rstrip("=").lower(),
+        "labels": ".".join(value.decode().lower()[at : at + 4] for at in range(0, 20, 4)),
+    }[kind]
+
+    async def scenario(world: World) -> None:
+        await world.ask(f"{label}.wild.test")
+        await world.ask("harmless.wild.test")
+        assert set(world.queries) == {"harmless.wild.test"}
+        refused, allowed = await world.settled(2, "dns.query")
+        assert (refused.verdict, refused.rule, refused.scope.step) == ("deny", "canary", 3)
+        assert allowed.verdict == "allow"
+
+    run_in_world(tmp_path, Ruleset(allow=(Rule(id="wild", host="*.wild.test"),)), scenario, kit=Kit(canaries=(KEY,)))

@@ -29,6 +29,7 @@ from vallum.gateway.door import (
 )
 from vallum.gateway.kit import Kit, ServiceName
 from vallum.gateway.names import CellNames, HostResolver, LookupTemporarilyFailedError, find_service, stand_ins_of
+from vallum.gateway.http.canaries import find_in_name
 from vallum.gateway.tls.upstream import Vetting
 from vallum.gateway.wire import Attributed, Failed, Frame, ProposedCall
 from vallum.rules.facts import Asker
@@ -384,6 +385,9 @@ class GatewayCell:
         name = normalise_name(query.qname)
         if decision.verdict != "allow" or name is None or self.names.is_known(name):
             return decision  # what is known already is asked of nobody, so it carries nothing out
+        if found := find_in_name(self.kit.canaries, name):
+            reason = f"the canary {show(found)} was about to be sent in the name of a query"
+            return Decision(verdict="deny", rule="canary", reason=reason)
         self._load, load = judge_query_load(self.rules, self._load, query.qname, mono_ns())
         return decision if load.verdict == "allow" else load
 

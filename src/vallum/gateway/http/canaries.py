@@ -31,6 +31,7 @@ MAX_RATIO = 200
 MAX_INFLATED = 64 * 1024 * 1024
 _PIECE = 256 * 1024
 _BLANKS = b" \t\r\n"
+_OTHERS = re.compile(rb"[^a-z0-9]")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _WBITS = {b"\x1f\x8b": 31, b"\x78\x01": 15, b"\x78\x5e": 15, b"\x78\x9c": 15, b"\x78\xda": 15}
 """How zlib is told what begins so."""
@@ -42,6 +43,22 @@ class FoundError(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.decision = Decision(verdict="deny", rule="canary", reason=reason)
+
+
+def find_in_name(canaries: Iterable[Canary], name: str) -> str:
+    """Name of the canary in a host name (which has no case, and may cut it in labels); empty when there is none.
+
+    Looked for as it is, in hexadecimal and in base32, with and without the characters that no host name has.
+    """
+    letters = _OTHERS.sub(b"", name.lower().encode())
+    return next((c.name for c in canaries if any(form in letters for form in _name_forms(c.value))), "")
+
+
+@lru_cache(maxsize=1024)
+def _name_forms(value: bytes) -> tuple[bytes, ...]:
+    forms = {_OTHERS.sub(b"", value.lower()), value.hex().encode()}
+    forms.add(base64.b32encode(value)[: len(value) * 8 // 5].lower())
+    return tuple(form for form in forms if len(form) >= MIN_FORM)
 
 
 @lru_cache(maxsize=1024)

@@ -34,6 +34,7 @@ from vallum.gateway.model.branches import Branches
 from vallum.gateway.model.budget import Spend
 from vallum.gateway.model.dialects import DIALECTS
 from vallum.gateway.model.dialects.contract import DialectError, Json, Route
+from vallum.gateway.model.dialects.fields import dump
 from vallum.gateway.model.dialects.responses import items_of, output_items
 from vallum.gateway.model.fetch import Fetched, fetch
 from vallum.gateway.model.outcome import MAX_RECORD_CHARS, add_usage, explain, fail, told
@@ -49,6 +50,7 @@ MAX_CALLS = 256
 """Calls of one cell at once."""
 MAX_KEPT_BYTES = 16 * 1024 * 1024
 """Answers and conversations of one cell kept for retries and ``previous_response_id``."""
+_ITEM_BYTES = 16
 MAX_REGENERATIONS = 3
 MAX_REFUSALS = 12
 """So many refused calls in a row, and the agent is stopped."""
@@ -393,8 +395,11 @@ class ModelCalls:
         if asked.route.dialect != "responses" or not plan.may_be_named:
             return
         if reply.id not in self._said:
-            self._said[reply.id] = ([*items_of(plan.raw), *output_items(reply)], len(asked.body))
-            self._said_bytes += len(asked.body)
+            said, items = output_items(reply), items_of(plan.raw)
+            # What was said before is shared, but for the list that names it.
+            size = len(asked.body) + len(dump(said)) + _ITEM_BYTES * len(items)
+            self._said[reply.id] = ([*items, *said], size)
+            self._said_bytes += size
         while self._said_bytes > MAX_KEPT_BYTES:
             _, (_, size) = self._said.popitem(last=False)
             self._said_bytes -= size

@@ -188,7 +188,8 @@ def make_plan(
         request = msgspec.structs.replace(request, stream=False)
     credential = find_credential(kit, door)
     # Before anything is reserved: what is not sent costs nothing.
-    check_canaries(kit, _ENCODE(sent))
+    passed_on = forwarded_headers(headers, granted) if spoken is dialect else forwarded_headers((), granted)
+    check_canaries(kit, b"\n".join((_ENCODE(sent), request.model.encode(), *(value for _, value in passed_on))))
     try:
         reserved = spend.reserve(door.budget, door.price, estimate_tokens(request), request.max_tokens)
     except OverBudgetError as error:
@@ -204,7 +205,7 @@ def make_plan(
         raw=raw,
         sent=sent,
         stripped=stripped,
-        headers=forwarded_headers(headers, granted) if spoken is dialect else forwarded_headers((), granted),
+        headers=passed_on,
         credential=credential,
         reserved=reserved,
         call=call,
