@@ -27,9 +27,9 @@ from vallum.gateway.door import (
     send_datagram,
     unpack_address,
 )
+from vallum.gateway.http.canaries import find_in_name
 from vallum.gateway.kit import Kit, ServiceName
 from vallum.gateway.names import CellNames, HostResolver, LookupTemporarilyFailedError, find_service, stand_ins_of
-from vallum.gateway.http.canaries import find_in_name
 from vallum.gateway.tls.upstream import Vetting
 from vallum.gateway.wire import Attributed, Failed, Frame, ProposedCall
 from vallum.rules.facts import Asker
