@@ -254,6 +254,9 @@ class Server2:
                 for event in events:
                     await self._take(event)
                 await self._flush()
+        except GuestGoneError:
+            if self._writer.done():
+                self._writer.result()  # why, as documented
         finally:
             await self._end()
 
