@@ -6,10 +6,11 @@ import asyncio
 
 
 class Memory:
-    """Gives its pieces, then the end; keeps what it is sent."""
+    """Gives its pieces, then the end; keeps what it is sent, and breaks when that is more than ``room`` bytes."""
 
-    def __init__(self, pieces: list[bytes]) -> None:
+    def __init__(self, pieces: list[bytes], room: int = 1 << 30) -> None:
         self.pieces = pieces
+        self.room = room
         self.sent = bytearray()
 
     async def recv(self, limit: int = 65536) -> bytes:
@@ -23,6 +24,8 @@ class Memory:
 
     async def send(self, data: bytes) -> None:
         self.sent += data
+        if len(self.sent) > self.room:
+            raise BrokenPipeError("the other side has gone")
         await asyncio.sleep(0)
 
     async def finish(self) -> None:
