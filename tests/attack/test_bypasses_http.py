@@ -108,7 +108,7 @@ def test_nothing_gets_around_a_grant_of_http(tmp_path: Path, grant: Rule) -> Non
                     await asyncio.sleep(0.01)
                 assert denied, f"{name}: nothing was recorded"
                 assert all(e.scope.step == 3 and e.rule and e.reason for e in denied), name
-                assert b"hello" in await world.say(MIRROR, 80, FINE), f"after {name}"
+                assert b"hello" in await world.say(MIRROR, 80, FINE, wait_s=0.4), f"after {name}"
 
     run_in_world(tmp_path, Ruleset(allow=(grant,)), scenario, kit=KIT, timeout_s=150)
 
