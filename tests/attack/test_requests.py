@@ -164,6 +164,25 @@ def test_a_method_that_is_denied_cannot_be_named_in_a_header(tmp_path: Path) -> 
     run_in_world(tmp_path, rules, scenario)
 
 
+def test_a_tool_that_is_denied_cannot_be_called_by_a_get_that_says_it_is_a_post(tmp_path: Path) -> None:
+    rules = Ruleset(allow=(WHOLE,), deny=(Rule(id="no-shell", host="mirror.test", tools=("shell",)),))
+    call = '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"shell","arguments":{}}}'
+
+    async def scenario(world: World) -> None:
+        async with world.tap(MIRROR, 80, OK) as tap:
+            reader, writer = await world.connect(await reached(world), 80)
+            lines = f"X-HTTP-Method-Override: POST\r\nContent-Type: application/json\r\nContent-Length: {len(call)}\r\n"
+            writer.write(f"GET /mcp HTTP/1.1\r\n{HEAD}{lines}\r\n{call}".encode())
+            assert b"hello" in await answer(reader)
+            assert b"GET /mcp" in tap.received and b"override" not in tap.received.lower()
+            writer.write(f"POST /mcp HTTP/1.1\r\n{HEAD}{lines}\r\n{call}".encode())
+            assert b"no-shell" in await answer(reader)
+            assert b"POST /mcp" not in tap.received
+            writer.close()
+
+    run_in_world(tmp_path, rules, scenario)
+
+
 PUSHES = [
     ("POST", "/r.git/git-receive-pack", ""),
     ("POST", "/r.git/git-receive-pack", "x=1"),
@@ -255,3 +274,29 @@ def test_a_canary_in_the_name_of_a_query_is_asked_of_nobody(tmp_path: Path, kind
         assert allowed.verdict == "allow"
 
     run_in_world(tmp_path, Ruleset(allow=(Rule(id="wild", host="*.wild.test"),)), scenario, kit=Kit(canaries=(KEY,)))
+
+
+@pytest.mark.parametrize("is_denied", [True, False])
+def test_a_call_of_a_tool_that_was_held_is_judged_again_once_it_is_approved(tmp_path: Path, is_denied: bool) -> None:
+    held = Rule(id="ask", host="mirror.test", ports=(80,), tools=("shell",))
+    deny = (Rule(id="no-shell", host="mirror.test", tools=("shell",)),) if is_denied else ()
+    call = '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"shell","arguments":{"x":"SENT"}}}'
+    result = b'{"jsonrpc":"2.0","id":1,"result":{"content":[]}}'
+    reply = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(result), result)
+
+    async def scenario(world: World) -> None:
+        async def decide(frame):
+            await world.link.update_rules("c1", Ruleset(allow=(WHOLE,), hold=(held,), deny=deny), Kit())
+            return Decision(verdict="allow", rule=frame.rule, reason="fine")
+
+        world.decide = decide
+        async with world.tap(MIRROR, 80, reply) as tap:
+            reader, writer = await world.connect(await reached(world), 80)
+            lines = f"Content-Type: application/json\r\nContent-Length: {len(call)}\r\n"
+            writer.write(f"POST /mcp HTTP/1.1\r\n{HEAD}{lines}\r\n{call}".encode())
+            said = await answer(reader)
+            assert (b"no-shell" in said) == is_denied and (b"SENT" in tap.received) != is_denied
+            assert len(world.holds) == 1
+            writer.close()
+
+    run_in_world(tmp_path, Ruleset(allow=(WHOLE,), hold=(held,)), scenario)

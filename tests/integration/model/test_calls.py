@@ -5,6 +5,7 @@ import contextlib
 import json
 
 import msgspec
+import pytest
 
 from vallum.core.verdict import Decision
 from vallum.gateway.kit import Canary, Credential, Kit, ModelBudget, ModelPrice
@@ -180,8 +181,9 @@ async def test_an_agent_that_goes_on_after_refusals_is_frozen_and_then_told_404(
         assert it.server.requests == []
 
 
-async def test_a_held_call_waits_for_a_person(agent):
-    async with agent([CALL], hold_tools=("ba*",)) as it:
+@pytest.mark.parametrize("pattern", ["ba*", "BASH"])  # agents may not mind the case, so neither do we
+async def test_a_held_call_waits_for_a_person(agent, pattern):
+    async with agent([CALL], hold_tools=(pattern,)) as it:
         it.node.hold_s = 0.2
         it.node.decisions = [Decision(verdict="allow", rule="person", reason="fine")]
         assert answer_of(await it.chat("go"))["tool_calls"]

@@ -82,11 +82,16 @@ def judge(rules: Ruleset, facts: FlowFacts, head: RequestHead, asker: Asker) -> 
         if decision.verdict == "hold" and rule is not None and rule.tools is not None:
             # What waits for a person is each call, when it is known which.
             decision = Decision(verdict="allow", rule=decision.rule, reason=f"{decision.reason}, call by call")
-    if decision.verdict == "allow" and any(r.methods is not None for r in (*rules.deny, *rules.hold, *rules.allow)):
+    if decision.verdict == "allow" and any(map(_is_of_methods, (*rules.deny, *rules.hold, *rules.allow))):
         # A server that obeys them would do what another method is denied, or held, for.
         kept = tuple(pair for pair in head.headers if pair[0] not in _OVERRIDES)
         head = msgspec.structs.replace(head, headers=kept)
     return Judgement(decision=decision, head=head, rule=rule, service=service)
+
+
+def _is_of_methods(rule: Rule) -> bool:
+    """Whether it tells methods apart: in words, or as calls of tools (POST) and git do."""
+    return rule.methods is not None or rule.tools is not None or bool(rule.git)
 
 
 def _misdirected(head: RequestHead, reason: str) -> Judgement:

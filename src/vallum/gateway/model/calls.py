@@ -329,7 +329,9 @@ class ModelCalls:
         """Ask a person about the calls that have to wait; why some were refused, by id."""
         reasons: dict[str, str] = {}
         for call in reply.tool_calls:
-            if any(fnmatch.fnmatchcase(call.name, pattern) for pattern in plan.door.hold_tools):
+            # An agent may find its tool in whatever case the model writes it.
+            name = call.name.strip().casefold()
+            if any(fnmatch.fnmatchcase(name, pattern.casefold()) for pattern in plan.door.hold_tools):
                 began_ns = mono_ns()
                 decision = await self._cell.node.hold(
                     self._cell.id,

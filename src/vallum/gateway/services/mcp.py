@@ -136,7 +136,7 @@ class McpService:
         record = CallRecord(exchange, head.host, asked) if asked.kind == "request" and asked.method != "ping" else None
         if asked.subject:
             assert record is not None
-            decision = await record.settle(self.judge(exchange, asked.subject))
+            decision = await self._settle(record, exchange, asked.subject)
             if decision.verdict == "deny":
                 await self._deny(exchange, record, decision)
                 return
@@ -153,6 +153,17 @@ class McpService:
         finally:
             if record is not None:
                 await record.write(exchange.decision)
+
+    async def _settle(self, record: CallRecord, exchange: Exchange, subject: str) -> Decision:
+        """The verdict on a call, a person asked where it is held; approved is what was asked, not what is denied by now."""
+        first = self.judge(exchange, subject)
+        decision = await record.settle(first)
+        if first.verdict != "hold" or decision.verdict != "allow":
+            return decision
+        again = self.judge(exchange, subject)
+        if again.verdict == "allow" or (again.verdict == "hold" and again.rule == first.rule):
+            return decision
+        return Decision(verdict="deny", rule=again.rule, reason=again.reason)
 
     def judge(self, exchange: Exchange, subject: str) -> Decision:
         """The verdict on a tool, resource or prompt by the rules as they are now."""
