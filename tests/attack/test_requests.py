@@ -16,7 +16,8 @@ from vallum.core.verdict import Decision
 from vallum.gateway.kit import Canary, Credential, Kit
 from vallum.rules.facts import FlowFacts, Pin, RequestFacts
 from vallum.rules.grants import Rule, Ruleset
-from vallum.rules.verdicts import judge_request
+from vallum.rules.sessions import read_session
+from vallum.rules.verdicts import judge_request, judge_session
 
 pytestmark = pytest.mark.root
 if os.geteuid() != 0:
@@ -300,3 +301,17 @@ def test_a_call_of_a_tool_that_was_held_is_judged_again_once_it_is_approved(tmp_
             writer.close()
 
     run_in_world(tmp_path, Ruleset(allow=(WHOLE,), hold=(held,)), scenario)
+
+
+def test_a_push_that_is_denied_does_not_go_over_ssh() -> None:
+    facts = FlowFacts(dst_ip="203.0.113.1", dst_port=22, names=(Pin(name="mirror.test"),), protocol="ssh")
+    grant = Rule(id="git", host="mirror.test", ports=(22,), ssh=("git-write",))
+    rules = Ruleset(allow=(grant,), deny=(Rule(id="no-pushes", host="mirror.test", git="write", paths=("/team/**",)),))
+
+    def judged(command: str) -> str:
+        return judge_session(rules, facts, read_session(command, None)).rule
+
+    assert judged("git-receive-pack 'team/r.git'") == "no-pushes"
+    assert judged("git-receive-pack '/x/../team/r.git'") == "no-pushes"
+    assert judged("git-receive-pack '/own/r.git'") == "git"
+    assert judged("git-upload-pack '/team/r.git'") == "git"

@@ -68,6 +68,14 @@ def kinds_of(rule: Rule) -> frozenset[SessionKind]:
     return frozenset(kinds)
 
 
+def denies_session(rule: Rule, session: SessionFacts) -> bool:
+    """Whether a denial of git is about this session: of pushes, or of fetches, too. What cannot be told counts as yes."""
+    if not rule.git or session.kind not in ({"git-write"} if rule.git == "write" else {"git-read", "git-write"}):
+        return False
+    path = "/" + (session.path or "").lstrip("/")
+    return rule.paths is None or normalise_path(path) != path or any(match_path(p, path) for p in rule.paths)
+
+
 def covers_session(rule: Rule, session: SessionFacts) -> bool:
     """Whether the grant is for this session. ``exec`` is for every command, ``paths`` for git's repositories only."""
     kinds = kinds_of(rule)

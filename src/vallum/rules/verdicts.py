@@ -27,7 +27,7 @@ from vallum.rules.names import METADATA_NAMES, normalise_name
 from vallum.rules.paths import normalise_path
 from vallum.rules.requests import covers_request, denies_tool, refuse_request, refuse_tool
 from vallum.rules.selection import condition, failed_condition, holds_for
-from vallum.rules.sessions import SessionFacts, covers_session, kinds_of
+from vallum.rules.sessions import SessionFacts, covers_session, denies_session, kinds_of
 
 __all__ = [
     "SERVER_FIRST",
@@ -142,6 +142,9 @@ def judge_session(rules: Ruleset, facts: FlowFacts, session: SessionFacts, asker
     if flow.verdict == "deny":
         return flow
     where, address = _where(facts), canonical(facts.dst_ip)
+    for rule in rules.deny:
+        if holds_for(rule, asker, unknown=True) and _reaches(rule, facts, address) and denies_session(rule, session):
+            return _deny(rule.id, f"{where} is denied by {rule.describe()}")
     failure: Decision | None = None
     for verdict, some in (("hold", rules.hold), ("allow", rules.allow)):
         usable, _ = _usable(some, facts, address, asker, unknown=verdict == "hold")
