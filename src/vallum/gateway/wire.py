@@ -361,21 +361,23 @@ class Channel:
 
     def _split(self) -> None:
         at = 0
-        while self.is_open and len(self._in) - at >= _HEADER.size:
-            length, count = _HEADER.unpack_from(self._in, at)
-            if length > MAX_FRAME or count > MAX_DESCRIPTORS:
-                self.close("a frame is larger than allowed")
-                return
-            end = at + _HEADER.size + length
-            if end > len(self._in):
-                break
-            if count > len(self._in_fds):
-                self.close("a frame came without its descriptors")
-                return
-            body = bytes(self._in[at + _HEADER.size : end])
-            at = end
-            self._on_frame(body, [self._in_fds.popleft() for _ in range(count)])
-        del self._in[:at]
+        try:
+            while self.is_open and len(self._in) - at >= _HEADER.size:
+                length, count = _HEADER.unpack_from(self._in, at)
+                if length > MAX_FRAME or count > MAX_DESCRIPTORS:
+                    self.close("a frame is larger than allowed")
+                    return
+                end = at + _HEADER.size + length
+                if end > len(self._in):
+                    break
+                if count > len(self._in_fds):
+                    self.close("a frame came without its descriptors")
+                    return
+                body = bytes(self._in[at + _HEADER.size : end])
+                at = end
+                self._on_frame(body, [self._in_fds.popleft() for _ in range(count)])
+        finally:
+            del self._in[:at]  # whatever became of a frame, none is given out twice
 
 
 class Requests:
