@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 
 import msgspec
 import pytest
@@ -12,6 +14,7 @@ from vallum.client.wire import Status, decode_request, frame
 from vallum.core.decoding import MALFORMED
 from vallum.core.events import decode
 from vallum.core.messages import ToolCall
+from vallum.gateway.wire import Channel
 from vallum.record.calls import describe_call
 
 NESTED = "[" * 100_000 + "]" * 100_000
@@ -46,3 +49,28 @@ async def test_text_that_is_no_utf8_ends_a_connection_of_the_node_in_order():
     stream.connection_lost(None)
     assert seen == [Status(seq=1)]
     assert "utf-8" in await asyncio.wait_for(stream.ended, 1)
+
+
+async def test_no_frame_of_a_channel_is_given_out_twice():
+    ours, theirs = socket.socketpair()
+    seen: list[bytes] = []
+    failed: list[BaseException] = []
+
+    def take(body: bytes, fds: list[int]) -> None:
+        seen.append(body)
+        if body == b"bad":
+            raise LookupError("it cannot be handled")
+
+    def write(body: bytes) -> bytes:
+        return struct.pack("!IB", len(body), 0) + body
+
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: failed.append(context["exception"]))
+    channel = Channel(ours, take, lambda _: None)
+    with theirs:
+        for data in (write(b"one") + write(b"bad"), write(b"two")):
+            theirs.sendall(data)
+            await asyncio.sleep(0.02)
+        assert seen == [b"one", b"bad", b"two"]
+        assert [type(error) for error in failed] == [LookupError]
+        channel.close()
