@@ -74,6 +74,21 @@ def test_a_timeout_is_124(cli):
     assert "0.3" in one_sentence(ran)
 
 
+@pytest.mark.parametrize("command", [["run", "--timeout", "0", "--", "true"], ["agent", "--timeout", "-1", "work"]])
+def test_no_time_at_all_is_no_timeout(cli, command):
+    ran = cli(*command)
+    assert ran.code == 2
+    assert "--timeout" in ran.err
+
+
+@pytest.mark.parametrize("upstream", ["ftp://models.test/v1", "models.test:8000", "scripted:/no/such/file"])
+def test_an_agent_without_a_usable_model_makes_no_run(cli, home, upstream):
+    ran = cli("agent", "--model-upstream", upstream, "work")
+    assert ran.code == 2
+    assert upstream.removeprefix("scripted:") in one_sentence(ran)
+    assert not (home / "runs").exists()
+
+
 def test_unknown_and_tampered_runs(cli, home):
     assert cli("show", "r-of-nobody").code == 2
     assert cli("verify", "../x").code == 2

@@ -17,13 +17,15 @@ from vallum.agent.harness.catalog import HARNESSES
 from vallum.agent.limits import Limits
 from vallum.cli.agent_harness import run_harness
 from vallum.cli.agent_reference import EXIT_CODES, ReferenceOptions, run_reference, summarise
+from vallum.cli.changes import print_changes
 from vallum.cli.copying import check_copies, copy_all, copy_out_option
 from vallum.cli.run import print_summary
-from vallum.client.face import Node, Sandbox
+from vallum.client.face import Node
 from vallum.client.model import Model, ModelBudget
 from vallum.client.places import Places
 from vallum.core.errors import InvalidInput, VallumError
 from vallum.core.scope import make_run_id
+from vallum.core.text import show
 
 WORK = "/work"
 
@@ -57,7 +59,9 @@ WORK = "/work"
 @click.option("--max-turns", type=int, default=100, show_default=True, help="Replies of the model.")
 @click.option("--max-tokens", type=int, metavar="N", help="Prompt and completion tokens over all calls.")
 @click.option("--max-cost", type=float, metavar="USD", help="Where the upstream's price is known.")
-@click.option("--timeout", "wall_s", type=float, metavar="S", help="Seconds for the whole task.")
+@click.option(
+    "--timeout", "wall_s", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Seconds for the whole task."
+)
 @click.option(
     "--approve", "mode", type=click.Choice(MODES), default="all", show_default=True,
     help="What runs without asking: all, edits (commands are asked about), ask (both are), plan (nothing runs).",
@@ -116,6 +120,10 @@ def make_model(options: dict[str, Any]) -> Model:
             upstream, script = "scripted", path.read_bytes()
         except OSError as error:
             raise InvalidInput(f"the script {path} cannot be read: {error.strerror}") from error
+    elif not upstream.startswith(("http://", "https://")):
+        raise InvalidInput(
+            f"--model-upstream {show(upstream, 200)!r} is not usable: give http(s)://HOST[:PORT]/v1, or scripted:FILE"
+        )
     cost = options["max_cost"]
     return Model(
         upstream=upstream,
@@ -151,7 +159,7 @@ async def _run(places: Places, options: dict[str, Any]) -> int:
             outcome = await run_reference(sandbox, _reference(options))
             code = EXIT_CODES[outcome.status]
             if options["show_diff"]:
-                await _print_diff(sandbox)
+                print_changes((await sandbox.diff()).changes)
             lost = await copy_all(sandbox, copies, quiet=options["quiet"] or options["as_json"])
             code = code or (lost.exit_code if lost is not None else 0)
         finally:
@@ -186,9 +194,3 @@ def _reference(options: dict[str, Any]) -> ReferenceOptions:
         quiet=options["quiet"],
         as_json=options["as_json"],
     )
-
-
-async def _print_diff(sandbox: Sandbox) -> None:
-    found = await sandbox.diff()
-    for change in found.changes:
-        click.echo(f"{change.change:8} {change.path}", err=True)

@@ -13,11 +13,12 @@ from typing import Any
 import click
 import msgspec
 
-from vallum.agent.harness.base import Harness
+from vallum.agent.harness.base import STATE, Harness
 from vallum.agent.harness.catalog import find_harness
 from vallum.agent.harness.install import GUEST_ROOT, cache_directory, install
 from vallum.agent.harness.work import SETUP_BUNDLES, install_in_cell, work
 from vallum.cli.agent_progress import Progress, follow
+from vallum.cli.changes import print_changes
 from vallum.cli.copying import check_copies, copy_all
 from vallum.cli.run import is_denial, print_summary
 from vallum.client.face import EventView, Node, Sandbox
@@ -70,8 +71,7 @@ async def run_harness(places: Places, options: dict[str, Any], model: Model) -> 
             async with follow(node, sandbox, _speaker(options)) as progress:
                 code = await _attend(sandbox, harness, place, options, progress)
             if options["show_diff"]:
-                for change in (await sandbox.diff()).changes:
-                    click.echo(f"{change.change:8} {change.path}", err=True)
+                print_changes((await sandbox.diff()).changes, own=(GUEST_ROOT, STATE))
         except VallumError as error:
             code, failure = error.exit_code, error
         lost = await copy_all(sandbox, copies, quiet=options["quiet"] or options["as_json"])

@@ -48,7 +48,7 @@ async def copy_all(sandbox: Sandbox, copies: Sequence[tuple[str, Path]], *, quie
         if not quiet:
             left = f", {copied.left_out} links or special files left out" if copied.left_out else ""
             click.echo(
-                f"-- vallum: copied {show(guest)} to {show(str(host))}: {copied.files} files, {copied.bytes} B{left}",
+                f"-- vallum: copied {show(guest)} to {show(str(host))}: {copied.files} {'file' if copied.files == 1 else 'files'}, {copied.bytes} B{left}",
                 err=True,
             )
     return first

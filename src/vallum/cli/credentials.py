@@ -12,6 +12,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from vallum.cli.groups import Group
 from vallum.client.connection import prepare
 from vallum.client.places import Places
 from vallum.core.errors import InvalidInput
@@ -19,7 +20,7 @@ from vallum.core.text import show
 from vallum.node.credentials import MAX_SECRET_BYTES, CredentialStore, StoredCredential, read_header
 
 
-@click.group()
+@click.group(cls=Group)
 def credentials() -> None:
     """Keep secrets for granted hosts: a rule with `credential = "NAME"` sends one; no guest ever has it."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from vallum.cli.groups import Group
 from vallum.cli.records import write_file
 from vallum.client.places import Places
 from vallum.core.errors import InvalidInput
@@ -24,7 +25,7 @@ from vallum.record.trajectory_fold import fold_trajectories
 EXCLUDED = "excluded.json"
 
 
-@click.group()
+@click.group(cls=Group)
 def data() -> None:
     """Take trajectories out of the record: to train on, to look at elsewhere."""
 

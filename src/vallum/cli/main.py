@@ -8,6 +8,7 @@ import sys
 
 import click
 
+from vallum.cli.groups import Group
 from vallum.client.places import Places
 from vallum.core.errors import VallumError
 from vallum.version import __version__
@@ -36,7 +37,7 @@ COMMANDS = {
 """Name -> where the click command is. A new command is one line here and one file beside this."""
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """Loads a subcommand's module only when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -179,20 +179,24 @@ def _title(story: RunStory, totals: Totals) -> Text:
             show(" ".join(story.started.command), 200) + "\n"
         )
     text.append(
-        f"{totals.steps} steps, {totals.processes} processes, cpu {show_duration(totals.cpu_ns)}, memory peak "
-        f"{show_bytes(totals.memory_peak_bytes)}, permitted {totals.allowed} connections ({show_bytes(totals.bytes_out)} out, {show_bytes(totals.bytes_in)} in)\n"
+        f"{_number(totals.steps, 'step')}, {_number(totals.processes, 'process', 'processes')}, cpu {show_duration(totals.cpu_ns)}, memory peak "
+        f"{show_bytes(totals.memory_peak_bytes)}, permitted {_number(totals.allowed, 'connection')} ({show_bytes(totals.bytes_out)} out, {show_bytes(totals.bytes_in)} in)\n"
     )
     if totals.denied:
         rules = ", ".join(
             f"{show(rule, 60)} {count}"
             for rule, count in sorted(totals.denied_by_rule.items(), key=lambda item: -item[1])
         )
-        text.append(f"{totals.denied} attempts denied", "red").append(f" ({rules}); ")
+        text.append(f"{_number(totals.denied, 'attempt')} denied", "red").append(f" ({rules}); ")
         text.append(f"{show_bytes(totals.denied_bytes_out)} delivered", "red" if totals.denied_bytes_out else "green")
         text.append(f"; median time to denial {show_duration(totals.decision_ns)}")
     else:
         text.append("nothing denied", "green")
     return text
+
+
+def _number(count: int, one: str, many: str | None = None) -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def _step_row(episode: EpisodeStory, step: StepStory, several: bool) -> list[str | Text]:

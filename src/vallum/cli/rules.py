@@ -9,6 +9,7 @@ from typing import cast
 import click
 import msgspec
 
+from vallum.cli.groups import Group
 from vallum.cli.rules_apply import apply
 from vallum.cli.rules_learn import learn
 from vallum.core.events import Protocol
@@ -20,7 +21,7 @@ from vallum.rules.files import compose, read_ruleset
 from vallum.rules.grants import PROTOCOLS
 
 
-@click.group()
+@click.group(cls=Group)
 def rules() -> None:
     """Check, explain, test and learn rule files."""
 

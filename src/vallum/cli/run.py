@@ -126,7 +126,13 @@ def parse_size(text: str) -> int:
     help="Refuse versions of packages that were published less than DAYS ago, where their index says so.",
 )
 @copy_out_option
-@click.option("--timeout", "timeout_s", type=float, metavar="S", help="End it after S seconds (exit code 124).")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="End it after S seconds (exit code 124).",
+)
 @click.option("--run", "run_id", metavar="ID", help="Id of the run (default: a new one).")
 @click.option("--level", default="ns", show_default=True, help="Isolation level.")
 @click.option(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vallum.cli import record_tables
+from vallum.cli.groups import Group
 from vallum.client.face import Node
 from vallum.client.places import Places
 from vallum.core.errors import InvalidInput
@@ -20,7 +21,7 @@ from vallum.record.reader import find_run, read_records
 from vallum.sandbox.snapshots.store import Manifest, list_manifests
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.pass_context
 def snapshots(context: click.Context, as_json: bool) -> None:

@@ -78,7 +78,8 @@ def read_rules(rules: str | os.PathLike[str] | None) -> tuple[str | None, str]:
     try:
         return path.read_text("utf-8"), str(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"cannot read rule file {path}: {error}") from error
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8"
+        raise InvalidInput(f"the rule file {path} cannot be read ({why}): give the path of a TOML file") from error
 
 
 def _read_roots(file: str | os.PathLike[str] | None) -> bytes:

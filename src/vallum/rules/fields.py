@@ -101,7 +101,7 @@ def _boolean(value: Any) -> bool | None:
 
 FIELDS: Mapping[str, Field] = {
     "id": Field(_text(_fits(_RULE_ID)), "give 1 to 100 letters, digits or . : / * @ _ -"),
-    "host": Field(_text(parse_host), "give a host name, *.name or *"),
+    "host": Field(_text(parse_host), "give a host name, *.name or * (an address is a cidr)"),
     "cidr": Field(_text(parse_cidr), "give an address or a network such as 10.1.2.0/24, without host bits"),
     "ports": Field(_ports, "give a list of one or more ports from 1 to 65535, e.g. [443]"),
     "protocols": Field(_list(_one_of(*PROTOCOLS)), f"give a list of one or more of {', '.join(PROTOCOLS)}"),
