@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import encodings.idna  # noqa: F401 - loaded before the drop: afterwards this file tree may be unreadable
 import gc
+import importlib.util
 import logging
-import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import dns.rdata
 
@@ -21,7 +21,21 @@ from vallum.gateway.server import serve
 from vallum.gateway.services import load_services
 from vallum.gateway.services.packages import use_cache
 
-PRIORITY = -5
+LATER = ("asyncssh", "vallum.gateway.ssh.door")
+"""Loaded with the first connection that needs them (they take a quarter of a second), where they can be read then."""
+
+
+def load_what_will_be_closed() -> None:
+    """Load what the gateway's user could not read after the drop: a program in somebody's closed home."""
+    origins = [spec.origin for name in LATER if (spec := importlib.util.find_spec(name)) is not None]
+    if not all(origin is not None and is_open(Path(origin)) for origin in origins):
+        for name in LATER:
+            importlib.import_module(name)
+
+
+def is_open(file: Path) -> bool:
+    """Whether every user may read a file and go through the directories above it."""
+    return bool(file.stat().st_mode & 0o004) and all(place.stat().st_mode & 0o001 for place in file.parents)
 
 
 def open_cache(fd: int | None) -> None:
@@ -44,15 +58,13 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="vallum-gateway: %(levelname)s %(message)s")
     dns.rdata.load_all_types()  # type: ignore[no-untyped-call]
     load_services()
+    load_what_will_be_closed()
     # Ctrl-C in the owner's terminal is for the node to handle, which then ends the gateway.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         cache = () if options.cache_fd is None else (options.cache_fd,)
         close_other_descriptors({0, 1, 2, options.control_fd, *cache})
         raise_descriptor_limit()
-        # What guests compute must not slow their judge.
-        with contextlib.suppress(OSError):
-            os.nice(PRIORITY)
         drop_privilege(options.uid, options.gid)
         open_cache(options.cache_fd)
     except GatewayError as error:
