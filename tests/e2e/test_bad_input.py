@@ -89,6 +89,15 @@ def test_an_agent_without_a_usable_model_makes_no_run(cli, home, upstream):
     assert not (home / "runs").exists()
 
 
+def test_a_script_that_is_none_makes_no_run(cli, home, tmp_path):
+    script = tmp_path / "s.json"
+    script.write_text('[{"texd": "hello"}]')
+    ran = cli("agent", "--model-upstream", f"scripted:{script}", "work")
+    assert ran.code == 2
+    assert "texd" in one_sentence(ran)
+    assert not (home / "runs").exists()
+
+
 def test_unknown_and_tampered_runs(cli, home):
     assert cli("show", "r-of-nobody").code == 2
     assert cli("verify", "../x").code == 2

@@ -26,6 +26,7 @@ from vallum.client.places import Places
 from vallum.core.errors import InvalidInput, VallumError
 from vallum.core.scope import make_run_id
 from vallum.core.text import show
+from vallum.gateway.model.upstreams.scripted import Scripted
 
 WORK = "/work"
 
@@ -106,7 +107,7 @@ def make_model(options: dict[str, Any]) -> Model:
     """The model of the command line.
 
     Raises:
-        InvalidInput: none is given, or its script cannot be read.
+        InvalidInput: none is given, its address is no URL, or its script cannot be read or used.
     """
     upstream = options["model_upstream"]
     if not upstream:
@@ -120,6 +121,7 @@ def make_model(options: dict[str, Any]) -> Model:
             upstream, script = "scripted", path.read_bytes()
         except OSError as error:
             raise InvalidInput(f"the script {path} cannot be read: {error.strerror}") from error
+        Scripted(script)  # before a cell is made: what the gateway says of a script reaches nobody but the agent
     elif not upstream.startswith(("http://", "https://")):
         raise InvalidInput(
             f"--model-upstream {show(upstream, 200)!r} is not usable: give http(s)://HOST[:PORT]/v1, or scripted:FILE"

@@ -54,8 +54,9 @@ class TerminalView(Observer):
     def ended(self, outcome: Outcome) -> None:
         """How it ended; the answer itself goes to standard output."""
         style = "green" if outcome.status == "submitted" else "red"
-        detail = f": {show(outcome.detail, 300)}" if outcome.detail else ""
-        self.console.print(Rule(Text(f"{outcome.status}{detail}", style), style=style, align="left"))
+        self.console.print(Rule(Text(outcome.status, style), style=style, align="left"))
+        if outcome.detail:
+            self.console.print(Text(show(outcome.detail, 300), style))
 
     async def ask(self, call: ToolCall) -> str | None:
         """Ask the person: yes, no (with a reason), or yes to everything from here on. For :func:`make_approval`."""
