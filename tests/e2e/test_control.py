@@ -1,6 +1,7 @@
-"""Phases, live rules, credentials, canaries and approvals: `control_inside.py`, in a network namespace with an address of its own."""
+"""What needs servers, in a network namespace with an address of its own: `control_inside.py` and `bypasses_inside.py`."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,15 @@ shift; exec "$@"
 
 
 @pytest.mark.timeout(280)
-def test_control_at_the_door(tmp_path):
+@pytest.mark.parametrize("file", ["control_inside.py", "bypasses_inside.py"])
+def test_at_the_door(tmp_path, file):
     if os.geteuid() != 0:
         pytest.skip("needs root: a namespace with an address of its own")
-    tests = Path(__file__).with_name("control_inside.py")
+    if file == "bypasses_inside.py" and not (shutil.which("ssh") and Path("/usr/sbin/sshd").exists()):
+        pytest.skip("needs OpenSSH")
+    tests = Path(__file__).with_name(file)
     hosts = tmp_path / "hosts"
-    hosts.write_text("127.0.0.1 localhost\n198.51.100.7 web.test\n")
+    hosts.write_text("127.0.0.1 localhost\n198.51.100.7 web.test ssh.test\n")
     done = subprocess.run(
         [
             *("unshare", "-n", "-m", "--propagation", "private", "sh", "-ec", INSIDE, "sh", hosts),

@@ -65,6 +65,13 @@ from vallum.rules.grants import Ruleset
 
 Answer = tuple[Scope, Attribution, Process | None, int | None]
 START_TIMEOUT_S = 15.0
+ENVIRON = {
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "LANG": "C.UTF-8",
+    # Its user is in no list of users, and the SSH library wants to know where it would look for settings: nowhere.
+    "HOME": "/nonexistent",
+    "USER": "vallum-gateway",
+}
 REQUEST_TIMEOUT_S = 10.0
 SERVE_TIMEOUT_S = 900.0
 """A model's answer may take its time."""
@@ -191,7 +198,7 @@ class GatewayLink:
                 pass_fds=[theirs.fileno(), *(() if cache_fd is None else (cache_fd,))],
                 stdin=asyncio.subprocess.DEVNULL,
                 cwd="/",
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
+                env=ENVIRON,
             )
         link = cls(process, ours, node, on_death)
         link._stopping = True  # until it has answered, its end is start's to report
