@@ -19,7 +19,11 @@ VALLUM = [sys.executable, "-I", "-c", "from vallum.cli.main import main; main()"
     [
         ("models", {"direct, no door"}),
         ("record", {"plain JSONL, no chain", "sqlite (WAL, synchronous=off), a commit each"}),
-        ("sandbox", {"subprocess.run (no walls)", "the same outside (no walls)", "runc", "crun", "bwrap", "runsc"}),
+        pytest.param(
+            "sandbox",
+            {"subprocess.run (no walls)", "the same outside (no walls)", "runc", "crun", "bwrap", "runsc"},
+            marks=pytest.mark.slow,
+        ),
         ("gateway", {"direct (no walls)", "plain asyncio relay", "tinyproxy", "squid", "mitmproxy"}),
     ],
 )
