@@ -234,3 +234,12 @@ async def test_limits_hold(node):
             ]
         )
         assert float(r.stdout) < 0.9
+
+
+async def test_many_commands_of_one_cell_at_once_all_end(node):
+    """The child that waits for the next step's command may be let go while a command is waiting for it."""
+    for _ in range(8):
+        async with node.sandbox() as sb:
+            commands = (sb.exec(["sh", "-c", f"sleep 0.05; echo {n}"]) for n in range(20))
+            results = await asyncio.wait_for(asyncio.gather(*commands), 20)
+            assert [r.stdout for r in results] == [f"{n}\n".encode() for n in range(20)]

@@ -140,6 +140,8 @@ class NsCell:
         if waiting is not None:
             self._jobs.pop(waiting.job.id, None)
             waiting.dismiss()
+            # A command of its step may be waiting for it: nobody else would tell that one, and it goes the usual way.
+            waiting.job.told.settle(None)
 
     async def _take_waiting(self, step: int, user: str, payload: bytes) -> Job | None:
         """The waiting child, which is the command now."""
