@@ -175,6 +175,8 @@ class NsCell:
     async def kill_step(self, step: int, *, spare: Child | None = None) -> int:
         """See the contract."""
         self._check_alive()
+        if self._waiting is not None and not self._waiting.job.told.done():
+            self._control.read_now()  # it may be there, and not be known to be ours
         ours = self._count_waiting(step)
         return max(0, await self._steps.kill(step, spare.pid if spare is not None else None) - ours)
 
