@@ -168,8 +168,10 @@ class RequestDesk:
         finally:
             flows.discard(open_request)
             serving.cancel()
-            await asyncio.wait({serving})
-            await self._close(exchange, decision, owner, judgement.service)
+            try:
+                await asyncio.wait({serving})
+            finally:  # a stream that is reset on a connection that ends is cancelled twice
+                await self._close(exchange, decision, owner, judgement.service)
 
     async def _close(self, exchange: Exchange, decision: Decision, owner: Owner, service: str) -> None:
         """Record a request's end, without making the next one wait for it; few at once, so that none gets lost in a heap."""
